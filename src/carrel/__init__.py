@@ -1,0 +1,3 @@
+"""Carrel runs Claude Code as a service."""
+
+__version__ = "0.1.0"

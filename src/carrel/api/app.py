@@ -1,0 +1,120 @@
+"""The application: routes, errors, and what stands before both."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from carrel import __version__
+from carrel.api import problems
+from carrel.api.dependencies import Services
+from carrel.api.routes import events, files, health, query, sessions, turns
+from carrel.errors import CarrelError, FileTooLarge, UntrustedOrigin
+
+API_PREFIX = "/api/v1"
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_DESCRIPTION = """Private, durable sessions of Claude Code.
+
+Send `Authorization: Bearer <key>` with every call; the first key is in `DATA/admin.key`. Errors are
+`application/problem+json` with a stable `code`. A `POST` may carry an `Idempotency-Key`: within a day, the same request
+under the same key is done once."""
+
+
+def create_app(services: Services) -> FastAPI:
+    """Make the application over the services."""
+    app = FastAPI(
+        title="Carrel",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url="/docs",
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        swagger_ui_parameters={"persistAuthorization": True},
+    )
+    app.state.services = services
+    problems.install(app)
+    for router in (sessions.router, turns.router, events.router, files.router, query.router):
+        app.include_router(router, prefix=API_PREFIX)
+    app.include_router(health.router)
+    app.add_middleware(_BodyLimit, max_bytes=services.max_body_bytes)
+    if services.admin_key is None:
+        app.add_middleware(_OnlyOurOwnPages)
+    _describe_key(app, wanted=services.admin_key is not None)
+    return app
+
+
+def _describe_key(app: FastAPI, *, wanted: bool) -> None:
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = original()
+        if wanted and "securitySchemes" not in document.setdefault("components", {}):
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, item in document["paths"].items():
+                for operation in item.values():
+                    if path.startswith(API_PREFIX):
+                        operation["security"] = [{"key": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+class _BodyLimit:
+    """Refuses bodies that are larger than any request needs; files have a limit of their own."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] == "PUT":
+            await self._app(scope, receive, send)
+            return
+        connection = HTTPConnection(scope)
+        length = connection.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_bytes:
+            await _refuse(FileTooLarge(self._max_bytes), scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise FileTooLarge(self._max_bytes)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+class _OnlyOurOwnPages:
+    """Where there is no key: no page of another origin may drive the server, not even through a name of its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and not _trusted(HTTPConnection(scope)):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 4003})
+                return
+            await _refuse(UntrustedOrigin(), scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _trusted(connection: HTTPConnection) -> bool:
+    host = connection.headers.get("host", "")
+    if urlsplit(f"//{host}").hostname not in _LOOPBACK_NAMES:
+        return False
+    origin = connection.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == host
+
+
+async def _refuse(error: CarrelError, scope: Scope, receive: Receive, send: Send) -> None:
+    await problems.problem(error, scope["path"])(scope, receive, send)

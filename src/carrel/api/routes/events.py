@@ -1,0 +1,202 @@
+"""The event log of a session: as pages, as a stream of server-sent events, and over a WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import structlog
+from fastapi import APIRouter, Header, Query, Request, WebSocket
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic_core import to_json
+from starlette.responses import Response
+from starlette.websockets import WebSocketDisconnect
+
+from carrel.api import sse
+from carrel.api.dependencies import PrincipalDep, Services, ServicesDep, principal, services
+from carrel.api.problems import responses
+from carrel.api.routes.shapes import EXAMPLE_EVENT, Limit, SessionId
+from carrel.api.routes.turns import EXAMPLE_STREAM
+from carrel.errors import AuthenticationRequired, CarrelError, SessionNotFound, ValidationFailed
+from carrel.protocol.events import StoredEvent
+from carrel.protocol.spec import CreateTurn
+
+log = structlog.get_logger(__name__)
+
+router = APIRouter(prefix="/sessions/{session_id}", tags=["events"])
+
+After = Annotated[int | None, Query(ge=0, le=2**62, description="Only events with a higher `seq`.")]
+
+
+class Event(BaseModel):
+    """A stored event."""
+
+    seq: int = Field(description="Counts the session's events from 1, without gaps.")
+    type: str
+    turn_id: str | None
+    at: str
+    data: dict[str, Any]
+
+
+class EventPage(BaseModel):
+    """A part of the log."""
+
+    data: list[Event]
+    next_cursor: str | None = Field(description="The `after` of the next part; null at the end.")
+
+
+@router.get(
+    "/events",
+    response_model=EventPage,
+    responses=responses(SessionNotFound, ValidationFailed)
+    | {
+        200: {
+            "description": "A page; or, with `Accept: text/event-stream`, a live stream that ends with the session.",
+            "model": EventPage,
+            "content": {
+                "application/json": {"example": {"data": [EXAMPLE_EVENT], "next_cursor": None}},
+                "text/event-stream": {"example": EXAMPLE_STREAM},
+            },
+        }
+    },
+)
+async def list_events(
+    request: Request,
+    session_id: SessionId,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    after: After = None,
+    cursor: Annotated[int | None, Query(ge=0, le=2**62, description="The same as `after`.")] = None,
+    limit: Limit = 100,
+    deltas: Annotated[bool, Query(description="Whether a stream has deltas too.")] = False,
+    last_event_id: Annotated[str | None, Header(description="In a stream: resumes after this `seq`.")] = None,
+) -> Response:
+    """The session's events in order, from `after` on."""
+    start = after if after is not None else cursor
+    if sse.wanted(request):
+        session = await services.sessions.get(principal.name, session_id)
+        if last_event_id:
+            start = _seq(last_event_id)
+        batches = services.sessions.streams.follow(
+            session.id, after=start or 0, deltas=deltas, heartbeat_seconds=services.heartbeat_seconds
+        )
+        return sse.response(batches)
+    events = await services.sessions.events(principal.name, session_id, after=start or 0, limit=limit)
+    return Response(_page(events, limit), media_type="application/json")
+
+
+def _seq(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise ValidationFailed("Last-Event-ID: must be the number of an event")
+    return int(text)
+
+
+def _page(events: Sequence[StoredEvent], limit: int) -> bytes:
+    following = to_json(str(events[-1].seq)) if len(events) == limit else b"null"
+    return b'{"data":[' + b",".join([event.json() for event in events]) + b'],"next_cursor":' + following + b"}"
+
+
+# ---------------------------------------------------------------------------------------------------------- WebSocket
+
+
+class PromptMessage(CreateTurn):
+    """Sends a prompt."""
+
+    type: Literal["prompt"]
+
+
+class InterruptMessage(BaseModel):
+    """Ends the turn at work."""
+
+    type: Literal["interrupt"]
+    turn_id: str | None = None
+
+
+class PingMessage(BaseModel):
+    """Asks for a `pong`."""
+
+    type: Literal["ping"]
+
+
+_MESSAGE: TypeAdapter[PromptMessage | InterruptMessage | PingMessage] = TypeAdapter(
+    Annotated[PromptMessage | InterruptMessage | PingMessage, Field(discriminator="type")]
+)
+_UNAUTHORISED, _NOT_FOUND, _ENDED = 4001, 4004, 1000
+
+
+@router.websocket("/stream")
+async def stream(
+    websocket: WebSocket, session_id: str, after: int = Query(default=0, ge=0), deltas: bool = Query(default=True)
+) -> None:
+    """Events and deltas out; `prompt`, `interrupt` and `ping` in. Any number of viewers see the same thing."""
+    own = services(websocket)
+    await websocket.accept()
+    try:
+        who = principal(websocket)
+        await own.sessions.get(who.name, session_id)
+    except AuthenticationRequired as error:
+        await websocket.close(_UNAUTHORISED, error.code)
+        return
+    except SessionNotFound as error:
+        await websocket.close(_NOT_FOUND, error.code)
+        return
+    both = {
+        asyncio.create_task(_tell(websocket, own, session_id, after, deltas), name="ws-out"),
+        asyncio.create_task(_hear(websocket, own, who.name, session_id), name="ws-in"),
+    }
+    try:
+        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        await websocket.close(_ENDED)
+    except (WebSocketDisconnect, RuntimeError) as error:
+        log.debug("websocket.closed", session=session_id, reason=repr(error))
+    finally:
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+
+
+async def _tell(websocket: WebSocket, own: Services, session_id: str, after: int, deltas: bool) -> None:
+    batches = own.sessions.streams.follow(
+        session_id, after=after, deltas=deltas, heartbeat_seconds=own.heartbeat_seconds
+    )
+    async with contextlib.aclosing(batches):  # type: ignore[type-var]
+        async for batch in batches:
+            for frame in batch:
+                await websocket.send_text(frame.json().decode())
+            if not batch:
+                await websocket.send_text('{"type":"heartbeat"}')
+
+
+async def _hear(websocket: WebSocket, own: Services, who: str, session_id: str) -> None:
+    while True:
+        text = await websocket.receive_text()
+        try:
+            reply = await _obey(own, who, session_id, text)
+        except ValidationError as error:
+            told = [{"field": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
+            reply = {
+                "type": "problem",
+                "code": ValidationFailed.code,
+                "detail": "The message is not valid.",
+                "errors": told,
+            }
+        except CarrelError as error:
+            reply = {"type": "problem", "code": error.code, "detail": error.message, "status": error.http_status}
+        if reply is not None:
+            await websocket.send_text(to_json(reply).decode())
+
+
+async def _obey(own: Services, who: str, session_id: str, text: str) -> dict[str, Any] | None:
+    message = _MESSAGE.validate_json(text)
+    if isinstance(message, PingMessage):
+        return {"type": "pong"}
+    if isinstance(message, InterruptMessage):
+        await own.sessions.interrupt(who, session_id, message.turn_id)
+        return None
+    body = CreateTurn.model_validate(message.model_dump(exclude={"type"}, exclude_none=True))
+    turn, _ = await own.sessions.create_turn(who, session_id, body)
+    return {"type": "accepted", "turn_id": turn.id}

@@ -1,0 +1,28 @@
+"""Carrel's Python client, asynchronous and blocking.
+
+    from carrel.client import Carrel
+
+    with Carrel("http://127.0.0.1:8000", api_key=key) as carrel:
+        session = carrel.sessions.create(title="first")
+        print(carrel.turns.run(session.id, "Hello").text)
+
+What the server refuses is raised as the class of `carrel.errors` that the server names.
+"""
+
+from carrel.client.asynchronous import AsyncCarrel
+from carrel.client.blocking import Carrel
+from carrel.client.types import Delta, Event, FileEntry, Frame, Session, Turn
+from carrel.protocol.results import ToolCall, TurnResult
+
+__all__ = [
+    "AsyncCarrel",
+    "Carrel",
+    "Delta",
+    "Event",
+    "FileEntry",
+    "Frame",
+    "Session",
+    "ToolCall",
+    "Turn",
+    "TurnResult",
+]

@@ -1,0 +1,294 @@
+"""The asynchronous client. `blocking.py` is the same without `await`; what both say and read is in `calls.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx
+
+from carrel.client import calls
+from carrel.client.calls import Call, Listing
+from carrel.client.connection import Connection
+from carrel.client.responses import error_of, unreachable
+from carrel.client.results import result_of_events
+from carrel.client.streams import FollowEvents, FollowQuery, FollowTurn, Stream
+from carrel.client.types import Event, FileEntry, Frame, Session, Turn
+from carrel.errors import CarrelError
+from carrel.protocol.results import TurnResult
+
+__all__ = ["AsyncCarrel"]
+
+T = TypeVar("T")
+M = TypeVar("M", Session, Turn, FileEntry)
+
+
+class AsyncCarrel:
+    """A client of one server. Use it as `async with AsyncCarrel(url, api_key=key) as carrel:`.
+
+    A stream holds a connection until it ends; leave one early through `contextlib.aclosing`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        timeout_seconds: float = 30,
+        silence_seconds: float = 60,
+        reconnect_seconds: float = 60,
+    ) -> None:
+        """Make the client; nothing is sent yet.
+
+        Args:
+            base_url: such as `http://127.0.0.1:8000`.
+            api_key: sent as `Authorization: Bearer`.
+            timeout_seconds: how long a short request may take.
+            silence_seconds: a stream that sends nothing for so long is taken for broken, and opened again.
+            reconnect_seconds: how long a server that was there and is lost is tried again.
+        """
+        connection = Connection(
+            base_url=base_url.rstrip("/"),
+            api_key=api_key,
+            timeout_seconds=timeout_seconds,
+            silence_seconds=silence_seconds,
+            reconnect_seconds=reconnect_seconds,
+        )
+        self._wire = wire = _Wire(connection)
+        self.sessions = AsyncSessions(wire)
+        self.turns = AsyncTurns(wire)
+        self.events = AsyncEvents(wire)
+        self.files = AsyncFiles(wire)
+
+    async def query(self, prompt: str | None = None, **options: Any) -> TurnResult:
+        """Run a one-off prompt in a session that is gone after it. `options` are a session's and a turn's."""
+        key = options.pop("idempotency_key", None)
+        return await self._wire.send(calls.query(prompt, options, key))
+
+    def query_stream(
+        self, prompt: str | None = None, *, deltas: bool = True, **options: Any
+    ) -> AsyncGenerator[Frame, None]:
+        """As `query`, and yield its events and deltas. A connection that breaks cannot be taken up again."""
+        return self._wire.frames(FollowQuery(self._wire.base_url, prompt, options, deltas=deltas))
+
+    async def health(self) -> dict[str, Any]:
+        """What the server says of itself; needs no key."""
+        return await self._wire.send(calls.health())
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._wire.http.aclose()
+
+    async def __aenter__(self) -> AsyncCarrel:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class _Wire:
+    """Sends calls, follows streams."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.base_url = connection.base_url
+        self.reconnect_seconds = connection.reconnect_seconds
+        self.http = httpx.AsyncClient(**connection.arguments())
+        self._stream_timeout = connection.stream_timeout()
+
+    async def send(self, call: Call[T]) -> T:
+        try:
+            response = await self.http.request(**call.arguments())
+        except httpx.TransportError as error:
+            raise unreachable(self.base_url, error) from error
+        if not response.is_success:
+            raise error_of(response)
+        return call.read(response)
+
+    async def items(self, listing: Listing[M]) -> AsyncIterator[M]:
+        cursor: str | None = None
+        while True:
+            page = await self.send(listing.page(cursor))
+            for item in listing.items(page):
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def chunks(self, call: Call[None]) -> AsyncGenerator[bytes, None]:
+        try:
+            async with self.http.stream(**call.arguments()) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise error_of(response)
+                async for chunk in response.aiter_bytes():
+                    yield chunk
+        except httpx.TransportError as error:
+            raise unreachable(self.base_url, error) from error
+
+    async def frames(self, stream: Stream) -> AsyncGenerator[Frame, None]:
+        while True:
+            lost: httpx.TransportError | CarrelError | None = None
+            arguments = stream.request().arguments() | {"timeout": self._stream_timeout}
+            try:
+                async with self.http.stream(**arguments) as response:
+                    if not response.is_success:
+                        await response.aread()
+                        raise error_of(response)
+                    stream.opened()
+                    async for chunk in response.aiter_bytes():
+                        for frame in stream.feed(chunk):
+                            yield frame
+                        if stream.over:
+                            return
+            except (httpx.TransportError, CarrelError) as error:
+                lost = error
+            await asyncio.sleep(stream.lost(lost))
+
+
+class AsyncSessions:
+    """Durable conversations with their files."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def create(self, *, idempotency_key: str | None = None, **spec: Any) -> Session:
+        """Make a session. `spec` is the body of `POST /sessions`: title, model, system_prompt, tools…"""
+        return await self._wire.send(calls.create_session(spec, idempotency_key))
+
+    async def get(self, session_id: str) -> Session:
+        """The session as it is now."""
+        return await self._wire.send(calls.get_session(session_id))
+
+    def list(self, *, status: str | None = None, page_size: int | None = None) -> AsyncIterator[Session]:
+        """Every session of the caller, newest first."""
+        return self._wire.items(calls.list_sessions(status, page_size))
+
+    async def update(self, session_id: str, **changes: Any) -> Session:
+        """Change what is given; None goes back to the default."""
+        return await self._wire.send(calls.update_session(session_id, changes))
+
+    async def delete(self, session_id: str) -> None:
+        """Delete the session for good, with its files."""
+        await self._wire.send(calls.delete_session(session_id))
+
+    async def stop(self, session_id: str) -> Session:
+        """Stop it by hand: it takes no prompt until `resume`."""
+        return await self._wire.send(calls.stop_session(session_id))
+
+    async def resume(self, session_id: str) -> Session:
+        """Take a stopped or failed session up again."""
+        return await self._wire.send(calls.resume_session(session_id))
+
+    async def interrupt(self, session_id: str, *, turn_id: str | None = None) -> Turn:
+        """Ask for the end of the turn at work, or of this one only. Raises NothingToInterrupt."""
+        return await self._wire.send(calls.interrupt_session(session_id, turn_id))
+
+    async def fork(self, session_id: str, *, turn_id: str | None = None, idempotency_key: str | None = None) -> Session:
+        """A new session that goes on from the end of a turn, by default the last one."""
+        return await self._wire.send(calls.fork_session(session_id, turn_id, idempotency_key))
+
+    def export(self, session_id: str) -> AsyncGenerator[bytes, None]:
+        """Everything of the session: lines of JSON, in chunks that end anywhere."""
+        return self._wire.chunks(calls.export_session(session_id))
+
+
+class AsyncTurns:
+    """Prompts, and what comes of them. `options` are the body of `POST …/turns`: content, timeout_seconds, model…"""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def create(
+        self, session_id: str, prompt: str | None = None, *, idempotency_key: str | None = None, **options: Any
+    ) -> Turn:
+        """Queue a prompt, and do not wait."""
+        return await self._wire.send(calls.create_turn(session_id, prompt, options, idempotency_key))
+
+    async def run(self, session_id: str, prompt: str | None = None, **options: Any) -> TurnResult:
+        """Queue a prompt and wait for its end, over as many connections as it takes."""
+        stream = self._stream(session_id, prompt, deltas=False, options=options)
+        events = [frame async for frame in self._wire.frames(stream) if isinstance(frame, Event)]
+        return result_of_events(session_id, events)
+
+    def stream(
+        self, session_id: str, prompt: str | None = None, *, deltas: bool = True, **options: Any
+    ) -> AsyncGenerator[Frame, None]:
+        """Queue a prompt and yield its events and deltas until its end, over as many connections as it takes."""
+        return self._wire.frames(self._stream(session_id, prompt, deltas=deltas, options=options))
+
+    def _stream(self, session_id: str, prompt: str | None, *, deltas: bool, options: Mapping[str, Any]) -> FollowTurn:
+        rest = dict(options)
+        key = rest.pop("idempotency_key", None) or str(uuid.uuid4())
+        return FollowTurn(
+            self._wire.base_url,
+            session_id,
+            prompt,
+            rest,
+            deltas=deltas,
+            idempotency_key=key,
+            give_up_seconds=self._wire.reconnect_seconds,
+        )
+
+    async def get(self, session_id: str, turn_id: str) -> Turn:
+        """The turn as it is now."""
+        return await self._wire.send(calls.get_turn(session_id, turn_id))
+
+    def list(self, session_id: str, *, page_size: int | None = None) -> AsyncIterator[Turn]:
+        """Every turn of the session, newest first."""
+        return self._wire.items(calls.list_turns(session_id, page_size))
+
+    async def cancel(self, session_id: str, turn_id: str) -> Turn:
+        """Take a queued turn back."""
+        return await self._wire.send(calls.cancel_turn(session_id, turn_id))
+
+
+class AsyncEvents:
+    """What has happened in a session, and what is happening."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def list(self, session_id: str, *, after: int = 0, limit: int | None = None) -> Sequence[Event]:
+        """One page of stored events with a higher `seq` than `after`."""
+        page = await self._wire.send(calls.list_events(session_id, after, limit))
+        return [Event.model_validate(value) for value in page.data]
+
+    def follow(self, session_id: str, *, after: int = 0, deltas: bool = False) -> AsyncGenerator[Frame, None]:
+        """Yield every event with a higher `seq` than `after`, once each, until the session is deleted.
+
+        A connection that breaks is opened again where it broke.
+        """
+        give_up = self._wire.reconnect_seconds
+        stream = FollowEvents(self._wire.base_url, session_id, after=after, deltas=deltas, give_up_seconds=give_up)
+        return self._wire.frames(stream)
+
+
+class AsyncFiles:
+    """The files of a session's workspace, by their path relative to it."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def list(
+        self, session_id: str, path: str = "", *, recursive: bool = True, page_size: int | None = None
+    ) -> AsyncIterator[FileEntry]:
+        """Everything in the workspace, or below the folder `path`, sorted by path."""
+        return self._wire.items(calls.list_files(session_id, path, recursive, page_size))
+
+    async def read(self, session_id: str, path: str) -> bytes:
+        """A file's content."""
+        return await self._wire.send(calls.read_file(session_id, path))
+
+    async def write(self, session_id: str, path: str, content: bytes | str) -> FileEntry:
+        """Write a file whole, making the folders it needs."""
+        data = content.encode() if isinstance(content, str) else content
+        return await self._wire.send(calls.write_file(session_id, path, data))
+
+    async def delete(self, session_id: str, path: str) -> None:
+        """Delete a file, or a folder with all that is in it."""
+        await self._wire.send(calls.delete_file(session_id, path))

@@ -1,0 +1,214 @@
+"""Every call of the API as a value: what to send, and how to read the answer. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from carrel.client.responses import EXTRA, model_of, nothing, object_of
+from carrel.client.types import FileEntry, Page, Session, Turn
+from carrel.protocol.results import TurnResult
+
+__all__ = ["Call", "Listing"]
+
+T = TypeVar("T")
+M = TypeVar("M", Session, Turn, FileEntry)
+
+API = "/api/v1"
+EVENT_STREAM = "text/event-stream"
+_NO_LIMIT = httpx.Timeout(10, read=None)
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request, and the reader of its answer."""
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    json: Any = None
+    content: bytes | None = None
+    timeout: httpx.Timeout | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The call as arguments of httpx."""
+        given: dict[str, Any] = {"method": self.method, "url": self.path, "headers": dict(self.headers)}
+        if self.params:
+            given["params"] = {name: _text(value) for name, value in self.params.items() if value is not None}
+        if self.json is not None:
+            given["json"] = self.json
+        if self.content is not None:
+            given["content"] = self.content
+        if self.timeout is not None:
+            given["timeout"] = self.timeout
+        return given
+
+
+@dataclass(frozen=True)
+class Listing(Generic[M]):
+    """A list that comes in pages."""
+
+    path: str
+    item: type[M]
+    params: Mapping[str, Any]
+
+    def page(self, cursor: str | None) -> Call[Page]:
+        """The call for the page at a cursor."""
+        return Call("GET", self.path, model_of(Page), params={**self.params, "cursor": cursor})
+
+    def items(self, page: Page) -> list[M]:
+        """What is on a page."""
+        return [self.item.model_validate(entry, extra=EXTRA) for entry in page.data]
+
+
+def _text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _part(text: str) -> str:
+    # httpx would resolve "." and ".." by itself; what a path may be is for the server to say.
+    return quote(text, safe="").replace(".", "%2E") if text in (".", "..") else quote(text, safe="")
+
+
+def _session(session_id: str, *rest: str) -> str:
+    return "/".join([API, "sessions", _part(session_id), *rest])
+
+
+def _key(idempotency_key: str | None) -> dict[str, str]:
+    return {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+
+
+# --------------------------------------------------------------------------------------------------------- sessions
+
+
+def create_session(spec: Mapping[str, Any], idempotency_key: str | None) -> Call[Session]:
+    return Call("POST", f"{API}/sessions", model_of(Session), json=dict(spec), headers=_key(idempotency_key))
+
+
+def get_session(session_id: str) -> Call[Session]:
+    return Call("GET", _session(session_id), model_of(Session))
+
+
+def list_sessions(status: str | None, page_size: int | None) -> Listing[Session]:
+    return Listing(f"{API}/sessions", Session, {"status": status, "limit": page_size})
+
+
+def update_session(session_id: str, changes: Mapping[str, Any]) -> Call[Session]:
+    return Call("PATCH", _session(session_id), model_of(Session), json=dict(changes))
+
+
+def delete_session(session_id: str) -> Call[None]:
+    return Call("DELETE", _session(session_id), nothing, timeout=_NO_LIMIT)
+
+
+def stop_session(session_id: str) -> Call[Session]:
+    return Call("POST", _session(session_id, "stop"), model_of(Session), timeout=_NO_LIMIT)
+
+
+def resume_session(session_id: str) -> Call[Session]:
+    return Call("POST", _session(session_id, "resume"), model_of(Session))
+
+
+def interrupt_session(session_id: str, turn_id: str | None) -> Call[Turn]:
+    body = {} if turn_id is None else {"turn_id": turn_id}
+    return Call("POST", _session(session_id, "interrupt"), model_of(Turn), json=body)
+
+
+def fork_session(session_id: str, turn_id: str | None, idempotency_key: str | None) -> Call[Session]:
+    body = {} if turn_id is None else {"turn_id": turn_id}
+    path = _session(session_id, "fork")
+    return Call("POST", path, model_of(Session), json=body, headers=_key(idempotency_key), timeout=_NO_LIMIT)
+
+
+def export_session(session_id: str) -> Call[None]:
+    return Call("GET", _session(session_id, "export"), nothing, timeout=_NO_LIMIT)
+
+
+# ------------------------------------------------------------------------------------------------------------ turns
+
+
+def create_turn(
+    session_id: str, prompt: str | None, options: Mapping[str, Any], idempotency_key: str | None
+) -> Call[Turn]:
+    path, body = _session(session_id, "turns"), _prompted(prompt, options)
+    return Call("POST", path, model_of(Turn), json=body, headers=_key(idempotency_key))
+
+
+def stream_turn(
+    session_id: str, prompt: str | None, options: Mapping[str, Any], deltas: bool, idempotency_key: str
+) -> Call[None]:
+    headers = {"Accept": EVENT_STREAM, **_key(idempotency_key)}
+    path, body = _session(session_id, "turns"), _prompted(prompt, options)
+    return Call("POST", path, nothing, params={"deltas": deltas}, json=body, headers=headers)
+
+
+def get_turn(session_id: str, turn_id: str) -> Call[Turn]:
+    return Call("GET", _session(session_id, "turns", _part(turn_id)), model_of(Turn))
+
+
+def list_turns(session_id: str, page_size: int | None) -> Listing[Turn]:
+    return Listing(_session(session_id, "turns"), Turn, {"limit": page_size})
+
+
+def cancel_turn(session_id: str, turn_id: str) -> Call[Turn]:
+    return Call("POST", _session(session_id, "turns", _part(turn_id), "cancel"), model_of(Turn))
+
+
+def query(prompt: str | None, options: Mapping[str, Any], idempotency_key: str | None) -> Call[TurnResult]:
+    body = _prompted(prompt, options) | {"wait": True}
+    headers = _key(idempotency_key)
+    return Call("POST", f"{API}/query", model_of(TurnResult), json=body, headers=headers, timeout=_NO_LIMIT)
+
+
+def stream_query(prompt: str | None, options: Mapping[str, Any], deltas: bool) -> Call[None]:
+    body, headers = _prompted(prompt, options), {"Accept": EVENT_STREAM}
+    return Call("POST", f"{API}/query", nothing, params={"deltas": deltas}, json=body, headers=headers)
+
+
+def _prompted(prompt: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(options) if prompt is None else {"prompt": prompt, **options}
+
+
+# ------------------------------------------------------------------------------------------------- events and files
+
+
+def list_events(session_id: str, after: int, limit: int | None) -> Call[Page]:
+    return Call("GET", _session(session_id, "events"), model_of(Page), params={"after": after, "limit": limit})
+
+
+def follow_events(session_id: str, after: int, deltas: bool) -> Call[None]:
+    headers = {"Accept": EVENT_STREAM, "Last-Event-ID": str(after)}
+    path = _session(session_id, "events")
+    return Call("GET", path, nothing, params={"after": after, "deltas": deltas}, headers=headers)
+
+
+def _file(session_id: str, path: str) -> str:
+    return _session(session_id, "files", *map(_part, path.split("/")))
+
+
+def list_files(session_id: str, path: str, recursive: bool, page_size: int | None) -> Listing[FileEntry]:
+    params = {"path": path or None, "recursive": recursive, "limit": page_size}
+    return Listing(_session(session_id, "files"), FileEntry, params)
+
+
+def read_file(session_id: str, path: str) -> Call[bytes]:
+    return Call("GET", _file(session_id, path), lambda response: response.content)
+
+
+def write_file(session_id: str, path: str, content: bytes) -> Call[FileEntry]:
+    headers = {"Content-Type": "application/octet-stream"}
+    return Call("PUT", _file(session_id, path), model_of(FileEntry), content=content, headers=headers)
+
+
+def delete_file(session_id: str, path: str) -> Call[None]:
+    return Call("DELETE", _file(session_id, path), nothing)
+
+
+def health() -> Call[dict[str, Any]]:
+    return Call("GET", "/health", object_of)

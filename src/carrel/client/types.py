@@ -1,0 +1,133 @@
+"""What the server tells, as its clients see it. A newer server may tell more: what is not known here is kept as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from carrel.model import Failure, TurnStatus, Usage
+from carrel.protocol.events import EVENT_TYPES, EventData
+
+__all__ = ["Delta", "Event", "FileEntry", "Frame", "Page", "Session", "Turn"]
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Session(_Told):
+    """A durable conversation with its files."""
+
+    id: str
+    status: str
+    """One of `carrel.model.SessionStatus`, or a word that only a newer server knows."""
+    stop_reason: str | None = None
+    title: str | None = None
+    created_at: datetime
+    last_active_at: datetime
+    turn_count: int = 0
+    last_seq: int = 0
+    cost_usd: float | None = None
+    usage: Usage = Usage()
+    metadata: dict[str, Any] = {}
+    forked_from: str | None = None
+    error: Failure | None = None
+
+
+class Turn(_Told):
+    """One prompt and all that follows until the agent is idle again."""
+
+    id: str
+    session_id: str
+    number: int = 0
+    status: str
+    """One of `carrel.model.TurnStatus`, or a word that only a newer server knows."""
+    stop_reason: str | None = None
+    error: Failure | None = None
+    structured_output: Any = None
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    num_turns: int = 0
+    duration_ms: int | None = None
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+class FileEntry(_Told):
+    """An entry of a session's workspace."""
+
+    path: str
+    type: str
+    size: int
+    modified_at: datetime
+    mode: int | str | None = None
+
+
+class Page(_Told):
+    """One page of a list."""
+
+    data: list[Any]
+    next_cursor: str | None = None
+
+
+class Event(_Told):
+    """A frozen fact of a session. `seq` numbers them from 1 without gaps."""
+
+    seq: int
+    type: str
+    turn_id: str | None = None
+    at: datetime
+    data: dict[str, Any]
+
+    @property
+    def fact(self) -> EventData | None:
+        """What the event says, as the class of its type; None for a type that only a newer server knows."""
+        known = EVENT_TYPES.get(self.type)
+        return None if known is None else known.model_validate(self.data, extra="ignore")
+
+    @property
+    def ends_turn(self) -> bool:
+        """Whether this is the end of its turn."""
+        return self.type == "turn.completed"
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether this is the end of a turn that went well."""
+        return self.ends_turn and self.data.get("status") == TurnStatus.SUCCEEDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A piece of a message that is being made. Its characters begin at `offset` of the message's block.
+
+    The kind is `text`, `thinking` or `tool_input`; or `reset`, which takes back every piece of the message so far.
+    """
+
+    kind: str
+    turn_id: str | None
+    message_id: str
+    block: int = 0
+    offset: int = 0
+    text: str = ""
+    parent_tool_use_id: str | None = None
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Delta:
+        """Read it from its JSON object."""
+        return cls(
+            kind=value["kind"],
+            turn_id=value.get("turn_id"),
+            message_id=value["message_id"],
+            block=value.get("block", 0),
+            offset=value.get("offset", 0),
+            text=value.get("text", ""),
+            parent_tool_use_id=value.get("parent_tool_use_id"),
+        )
+
+
+Frame = Event | Delta
+"""What a stream yields."""

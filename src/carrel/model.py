@@ -1,0 +1,311 @@
+"""Sessions, turns and sandboxes: what they are and how they may change. No I/O.
+
+ARCHITECTURE.md draws these tables; a test holds the drawing against them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# ---------------------------------------------------------------------------------------------------------- states
+
+
+class SessionStatus(StrEnum):
+    """What a session is doing, in one word."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    READY = "ready"
+    RUNNING = "running"
+    WAITING = "waiting"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class StopReason(StrEnum):
+    """Why the last turn of a session ended, or why the session itself did."""
+
+    END_TURN = "end_turn"
+    REQUIRES_ACTION = "requires_action"
+    BUDGET_REACHED = "budget_reached"
+    MAX_TURNS = "max_turns"
+    INTERRUPTED = "interrupted"
+    TIMEOUT = "timeout"
+    SANDBOX_LOST = "sandbox_lost"
+    ERROR = "error"
+
+
+class TurnStatus(StrEnum):
+    """Where a turn is between its prompt and its end."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING = "waiting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing more can happen to the turn."""
+        return self not in _LIVE_TURN
+
+
+_LIVE_TURN: Final = frozenset({TurnStatus.QUEUED, TurnStatus.RUNNING, TurnStatus.WAITING})
+
+
+class TurnOrigin(StrEnum):
+    """Who began the turn: a prompt, or the agent itself (a background task of its ended)."""
+
+    PROMPT = "prompt"
+    AGENT = "agent"
+
+
+class SandboxStatus(StrEnum):
+    """Where a sandbox is in its life. On disk this is a claim until the runtime confirms it."""
+
+    LAUNCHING = "launching"
+    LIVE = "live"
+    ENDING = "ending"
+    GONE = "gone"
+
+
+class OnSandboxLost(StrEnum):
+    """What happens to a running turn whose sandbox dies: it fails, or a new agent takes it up again."""
+
+    FAIL = "fail"
+    CONTINUE = "continue"
+
+
+class OnDisconnect(StrEnum):
+    """What happens to a turn whose requester goes away."""
+
+    CONTINUE = "continue"
+    INTERRUPT = "interrupt"
+
+
+class PermissionMode(StrEnum):
+    """Claude Code's permission modes."""
+
+    DEFAULT = "default"
+    ACCEPT_EDITS = "acceptEdits"
+    PLAN = "plan"
+    DONT_ASK = "dontAsk"
+    AUTO = "auto"
+    BYPASS = "bypassPermissions"
+
+
+class Isolation(StrEnum):
+    """What stands between an agent and the host it runs on."""
+
+    BUBBLEWRAP = "bubblewrap"
+    CONTAINER = "container"
+    NONE = "none"
+
+
+class Network(StrEnum):
+    """What an agent's own commands can reach."""
+
+    GATEWAY_ONLY = "gateway-only"
+    HOST = "host"
+
+
+# ------------------------------------------------------------------------------------------------------ transitions
+
+SESSION_TRANSITIONS: Final[dict[str, tuple[SessionStatus, SessionStatus, str]]] = {
+    "A": (SessionStatus.IDLE, SessionStatus.STARTING, "a turn waits and no sandbox is at hand"),
+    "B": (SessionStatus.STARTING, SessionStatus.READY, "the agent is connected"),
+    "C": (SessionStatus.READY, SessionStatus.RUNNING, "a turn starts"),
+    "D": (SessionStatus.RUNNING, SessionStatus.READY, "the turn ends"),
+    "E": (SessionStatus.RUNNING, SessionStatus.WAITING, "the turn waits for a person"),
+    "F": (SessionStatus.WAITING, SessionStatus.RUNNING, "the person has answered"),
+    "G": (SessionStatus.READY, SessionStatus.IDLE, "idle_timeout passed, or the sandbox was lost between turns"),
+    "H": (SessionStatus.STARTING, SessionStatus.IDLE, "the sandbox was lost before its agent was connected"),
+    "I": (SessionStatus.RUNNING, SessionStatus.IDLE, "the sandbox was lost in mid-turn"),
+    "J": (SessionStatus.STARTING, SessionStatus.FAILED, "the sandbox or its agent could not be started"),
+    "K": (SessionStatus.IDLE, SessionStatus.STOPPED, "stop"),
+    "L": (SessionStatus.STARTING, SessionStatus.STOPPED, "stop"),
+    "M": (SessionStatus.READY, SessionStatus.STOPPED, "stop"),
+    "N": (SessionStatus.RUNNING, SessionStatus.STOPPED, "stop"),
+    "O": (SessionStatus.WAITING, SessionStatus.STOPPED, "stop"),
+    "P": (SessionStatus.FAILED, SessionStatus.STOPPED, "stop"),
+    "Q": (SessionStatus.STOPPED, SessionStatus.IDLE, "resume"),
+    "R": (SessionStatus.FAILED, SessionStatus.IDLE, "resume"),
+    "S": (SessionStatus.WAITING, SessionStatus.READY, "the turn ends while it waits"),
+    "T": (SessionStatus.WAITING, SessionStatus.IDLE, "the sandbox was lost while the turn waited"),
+}
+"""Every change a session's status may make, by the letter ARCHITECTURE.md uses for it."""
+
+TURN_TRANSITIONS: Final[dict[TurnStatus, frozenset[TurnStatus]]] = {
+    TurnStatus.QUEUED: frozenset({TurnStatus.RUNNING, TurnStatus.CANCELLED, TurnStatus.EXPIRED, TurnStatus.FAILED}),
+    TurnStatus.RUNNING: frozenset(
+        {TurnStatus.WAITING, TurnStatus.SUCCEEDED, TurnStatus.FAILED, TurnStatus.INTERRUPTED}
+    ),
+    TurnStatus.WAITING: frozenset(
+        {TurnStatus.RUNNING, TurnStatus.SUCCEEDED, TurnStatus.FAILED, TurnStatus.INTERRUPTED}
+    ),
+    TurnStatus.SUCCEEDED: frozenset(),
+    TurnStatus.FAILED: frozenset(),
+    TurnStatus.INTERRUPTED: frozenset(),
+    TurnStatus.CANCELLED: frozenset(),
+    TurnStatus.EXPIRED: frozenset(),
+}
+"""Every change a turn's status may make."""
+
+_SESSION_EDGES: Final = frozenset((before, after) for before, after, _ in SESSION_TRANSITIONS.values())
+
+
+def session_may_become(before: SessionStatus, after: SessionStatus) -> bool:
+    """Whether a session may go from `before` to `after`."""
+    return (before, after) in _SESSION_EDGES
+
+
+def turn_may_become(before: TurnStatus, after: TurnStatus) -> bool:
+    """Whether a turn may go from `before` to `after`."""
+    return after in TURN_TRANSITIONS[before]
+
+
+# --------------------------------------------------------------------------------------------------------- entities
+
+
+class Frozen(BaseModel):
+    """A value that never changes once made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Usage(Frozen):
+    """Tokens a model took in and gave out."""
+
+    input_tokens: int = Field(default=0, ge=0, description="Tokens read that were in no cache.")
+    output_tokens: int = Field(default=0, ge=0, description="Tokens written.")
+    cache_creation_input_tokens: int = Field(default=0, ge=0, description="Tokens read and put into the cache.")
+    cache_read_input_tokens: int = Field(default=0, ge=0, description="Tokens read from the cache.")
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            cache_creation_input_tokens=self.cache_creation_input_tokens + other.cache_creation_input_tokens,
+            cache_read_input_tokens=self.cache_read_input_tokens + other.cache_read_input_tokens,
+        )
+
+
+class Failure(Frozen):
+    """Why a turn failed, in words a user may read and a code a program may match."""
+
+    code: str = Field(description="A stable word, such as `sandbox_lost`.")
+    message: str = Field(description="What happened and what to do about it.")
+
+
+class Workspace(Frozen):
+    """Where a session's files live."""
+
+    type: str = Field(default="ephemeral", pattern="^ephemeral$", description="`ephemeral`: deleted with the session.")
+
+
+class Session(Frozen):
+    """A durable conversation with its files."""
+
+    id: str = Field(description="The session's id (UUIDv7), never used again.")
+    number: int = Field(description="Counts the sessions of this installation from 1.", exclude=True)
+    owner: str = Field(description="The principal the session belongs to.", exclude=True)
+    status: SessionStatus
+    stop_reason: StopReason | None = None
+    title: str | None = None
+    spec: dict[str, Any] = Field(description="The options the session was made with.")
+    workspace: Workspace = Workspace()
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    forked_from: str | None = None
+    agent_session_id: str | None = Field(default=None, exclude=True)
+    generation: int = Field(default=0, exclude=True)
+    last_seq: int = Field(default=0, description="The number of the session's newest event.")
+    turn_count: int = 0
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    error: Failure | None = None
+    created_at: datetime
+    last_active_at: datetime
+    ttl_seconds: int | None = Field(default=None, description="Deleted when unused for so long.")
+    expires_at: datetime | None = Field(default=None, description="When it will be deleted if it stays unused.")
+
+
+class Turn(Frozen):
+    """One prompt and all that follows until the agent is idle again."""
+
+    id: str
+    session_id: str
+    number: int = Field(description="Counts the turns of the session from 1.")
+    origin: TurnOrigin = TurnOrigin.PROMPT
+    status: TurnStatus
+    stop_reason: StopReason | None = None
+    content: Any = Field(default=None, exclude=True)
+    options: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    error: Failure | None = None
+    structured_output: Any = None
+    usage: Usage = Usage()
+    cost_usd: float | None = None
+    num_turns: int = Field(default=0, description="Model requests of the main thread in this turn.")
+    duration_ms: int | None = None
+    sandbox_id: str | None = Field(default=None, exclude=True)
+    created_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    expires_at: datetime | None = Field(default=None, description="When the queue gives the turn up, if ever.")
+    deadline_at: datetime | None = Field(default=None, description="When a running turn is interrupted, if ever.")
+    interrupt_reason: StopReason | None = Field(default=None, exclude=True)
+
+
+class Sandbox(Frozen):
+    """Where one session's agent lives."""
+
+    id: str
+    session_id: str
+    generation: int
+    status: SandboxStatus
+    runtime: str
+    state: dict[str, Any] = Field(default_factory=dict, description="The runtime's last checkpoint.")
+    acked: int = Field(default=0, description="The last frame of the runner that is stored.")
+    link_token_hash: str
+    agent_token_hash: str
+    created_at: datetime
+    ended_at: datetime | None = None
+
+
+# --------------------------------------------------------------------------------------------------------- ids, time
+
+_id_lock = threading.Lock()
+_last_id_ms = 0
+_id_sequence = 0
+
+
+def new_id() -> str:
+    """A new UUIDv7 (RFC 9562): ids made later sort later, also within one millisecond of one process."""
+    global _last_id_ms, _id_sequence
+    with _id_lock:
+        now_ms = time.time_ns() // 1_000_000
+        if now_ms > _last_id_ms:
+            _last_id_ms, _id_sequence = now_ms, int.from_bytes(os.urandom(2), "big") & 0x7FF
+        else:
+            _id_sequence += 1
+            if _id_sequence > 0xFFF:
+                _last_id_ms, _id_sequence = _last_id_ms + 1, 0
+        stamp, sequence = _last_id_ms, _id_sequence
+    random = int.from_bytes(os.urandom(8), "big") & 0x3FFF_FFFF_FFFF_FFFF
+    value = (stamp & 0xFFFF_FFFF_FFFF) << 80 | 0x7 << 76 | sequence << 64 | 0b10 << 62 | random
+    return str(uuid.UUID(int=value))
+
+
+def utc_now() -> datetime:
+    """The time now, in UTC, with its zone."""
+    return datetime.now(UTC)

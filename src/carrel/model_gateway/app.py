@@ -1,0 +1,237 @@
+"""The road from a sandbox to the model.
+
+Takes what an agent sends to the Messages API, checks its token, puts the real credential in the token's place, and
+passes the answer on as it comes, metered. Everything else is refused: this is all that a sandbox can reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from hashlib import sha256
+
+import httpx
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from carrel import abc
+from carrel.errors import CarrelError
+from carrel.model import Sandbox
+from carrel.model_gateway.meter import Meter, Reading
+
+log = structlog.get_logger(__name__)
+
+_NOT_PASSED_ON = frozenset(
+    [
+        "authorization",
+        "x-api-key",
+        "host",
+        "content-length",
+        "connection",
+        "keep-alive",
+        "transfer-encoding",
+        "te",
+        "trailer",
+        "upgrade",
+        "proxy-authorization",
+        "proxy-connection",
+        "accept-encoding",
+        "cookie",
+    ]
+)
+_NOT_PASSED_BACK = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "transfer-encoding",
+        "content-length",
+        "content-encoding",
+        "set-cookie",
+        "server",
+        "date",
+    ]
+)
+_KNOWN_FOR_SECONDS = 5.0
+_KNOWN_TOKENS = 4096
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+
+
+class ModelGateway:
+    """Passes model requests on, for the agents of one installation."""
+
+    def __init__(
+        self,
+        store: abc.Store,
+        meter: Meter,
+        credentials: abc.CredentialSource,
+        client: httpx.AsyncClient,
+    ) -> None:
+        """Make the gateway.
+
+        Args:
+            store: says whose a token is.
+            meter: told what each request took.
+            credentials: the real credential.
+            client: its base URL is the upstream.
+        """
+        self._store = store
+        self._meter = meter
+        self._credentials = credentials
+        self._client = client
+        self._known: OrderedDict[str, tuple[float, Sandbox]] = OrderedDict()
+        self._late: set[asyncio.Task[None]] = set()
+
+    def app(self) -> Starlette:
+        """The application that sandboxes talk to."""
+        routes = [
+            Route("/v1/messages", self._messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._pass, methods=["POST"]),
+            Route("/v1/models", self._pass, methods=["GET"]),
+            Route("/v1/models/{model}", self._pass, methods=["GET"]),
+            Route("/{path:path}", _nothing_here, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
+        ]
+        return Starlette(routes=routes)
+
+    async def _messages(self, request: Request) -> Response:
+        sandbox = await self._sandbox(request)
+        if sandbox is None:
+            return _unauthorised()
+        return await self._forward(request, sandbox)
+
+    async def _pass(self, request: Request) -> Response:
+        sandbox = await self._sandbox(request)
+        if sandbox is None:
+            return _unauthorised()
+        return await self._forward(request, None)
+
+    async def _forward(self, request: Request, metered: Sandbox | None) -> Response:
+        try:
+            headers = self._headers(request)
+            body = await _body(request)
+        except CarrelError as error:
+            return _problem(401, "authentication_error", error.message)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        if body is None:
+            return _problem(413, "request_too_large", "The request is larger than the gateway passes on.")
+        upstream = self._client.build_request(
+            request.method, request.url.path, params=request.url.query.encode() or None, headers=headers, content=body
+        )
+        try:
+            answer = await self._client.send(upstream, stream=True)
+        except httpx.HTTPError as error:
+            log.warning("model.unreachable", error=repr(error))
+            return _problem(502, "api_error", "The model's API cannot be reached.")
+        passed_back = {k: v for k, v in answer.headers.items() if k.lower() not in _NOT_PASSED_BACK}
+        if metered is None or answer.status_code != 200:
+            return await _whole(answer, passed_back)
+        if "text/event-stream" in answer.headers.get("content-type", ""):
+            return StreamingResponse(self._stream(answer, metered), headers=passed_back)
+        response = await _whole(answer, passed_back)
+        reading = Reading()
+        reading.take_whole(bytes(response.body))
+        await self._settle(reading, metered)
+        return response
+
+    async def _stream(self, answer: httpx.Response, sandbox: Sandbox) -> AsyncIterator[bytes]:
+        reading = Reading()
+        settled = False
+        try:
+            async for chunk in answer.aiter_raw():
+                reading.take(chunk)
+                if reading.stopped and not settled:
+                    # On record before the agent can know that the answer is whole, so that a turn's end never
+                    # comes before its usage.
+                    settled = True
+                    await self._settle(reading, sandbox)
+                yield chunk
+        finally:
+            if not settled:
+                self._settle_late(reading, sandbox)
+            await answer.aclose()
+
+    async def _settle(self, reading: Reading, sandbox: Sandbox) -> None:
+        if reading.usage is not None:
+            await self._meter.record(sandbox.session_id, reading.model or "unknown", reading.usage)
+
+    def _settle_late(self, reading: Reading, sandbox: Sandbox) -> None:
+        """An answer that broke off is charged what it had said by then; its request may be cancelled already."""
+        task = asyncio.create_task(self._settle(reading, sandbox), name="settle-usage")
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    async def close(self) -> None:
+        """Wait for what is still to be recorded."""
+        await asyncio.gather(*self._late, return_exceptions=True)
+
+    def _headers(self, request: Request) -> dict[str, str]:
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in _NOT_PASSED_ON}
+        headers["accept-encoding"] = "identity"
+        for name, value in self._credentials.headers().items():
+            given = headers.get(name) if name == "anthropic-beta" else None
+            headers[name] = f"{given},{value}" if given and value not in given.split(",") else value
+        return headers
+
+    async def _sandbox(self, request: Request) -> Sandbox | None:
+        token = _token(request.headers)
+        if token is None:
+            return None
+        digest = sha256(token.encode()).hexdigest()
+        known = self._known.get(digest)
+        if known is not None and known[0] > time.monotonic():
+            return known[1]
+        sandbox = await self._store.read(lambda tx: tx.sandboxes.by_agent_token(digest))
+        if sandbox is None:
+            self._known.pop(digest, None)
+            return None
+        self._known[digest] = (time.monotonic() + _KNOWN_FOR_SECONDS, sandbox)
+        while len(self._known) > _KNOWN_TOKENS:
+            self._known.popitem(last=False)
+        return sandbox
+
+
+def _token(headers: Mapping[str, str]) -> str | None:
+    given = headers.get("x-api-key")
+    if given:
+        return given
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token or None if scheme.lower() == "bearer" else None
+
+
+async def _body(request: Request) -> bytes | None:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > _MAX_BODY_BYTES:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _whole(answer: httpx.Response, headers: dict[str, str]) -> Response:
+    try:
+        body = await answer.aread()
+    except httpx.HTTPError:
+        return _problem(502, "api_error", "The model's API broke off.")
+    finally:
+        await answer.aclose()
+    return Response(body, status_code=answer.status_code, headers=headers)
+
+
+def _problem(status: int, kind: str, message: str) -> Response:
+    return JSONResponse({"type": "error", "error": {"type": kind, "message": message}}, status_code=status)
+
+
+def _unauthorised() -> Response:
+    return _problem(401, "authentication_error", "This gateway wants the token of a running sandbox.")
+
+
+async def _nothing_here(request: Request) -> Response:
+    return _problem(404, "not_found_error", f"A sandbox cannot reach {json.dumps(request.url.path)} here.")

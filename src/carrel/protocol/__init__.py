@@ -1,0 +1,1 @@
+"""What gateway, runner and clients say to each other. pydantic only, no I/O."""

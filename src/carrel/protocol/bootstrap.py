@@ -1,0 +1,42 @@
+"""What a runner is born with. It is handed over on a descriptor, never in an environment or an argument."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from carrel.model import Frozen
+
+
+class Mount(Frozen):
+    """A place of the host that the runner's own mount namespace shows elsewhere."""
+
+    source: str
+    target: str
+
+
+class Bootstrap(Frozen):
+    """A runner's identity, its road to the gateway, and how its agent is started."""
+
+    sandbox_id: str
+    generation: int
+    link_socket: str = Field(description="The unix socket the runner dials.")
+    link_token: str = Field(repr=False)
+    agent_token: str = Field(repr=False, description="What the agent shows the model gateway.")
+    lock_path: str = Field(description="Held for the runner's life; who can take it knows that the runner is gone.")
+    log_path: str
+    spool_path: str = Field(description="Where frames go that no longer fit into memory.")
+    cli_path: str = Field(description="What to run as Claude Code: the program itself, or a wrapper that isolates it.")
+    cwd: str = Field(description="The working directory as the agent sees it.")
+    workspace: str = Field(description="The same directory as the runner sees it.")
+    home: str = Field(description="The agent's home as the runner sees it.")
+    config_dir: str = Field(description="The agent's configuration directory as the agent sees it.")
+    agent_env: dict[str, str] = Field(description="The whole environment of the agent, its token aside.")
+    owner: tuple[int, int] | None = Field(default=None, description="User and group of the agent's files.")
+    mounts: list[Mount] = Field(default=[], description="Made before anything else, in a mount namespace of its own.")
+    mount_root: str | None = Field(default=None, description="An empty directory to mount them under.")
+    subreaper: bool = Field(default=False, description="Adopt and end whatever the agent leaves behind.")
+    reconnect_window_seconds: float = 300.0
+    max_frame_bytes: int = 64 * 1024 * 1024
+    outbox_memory_bytes: int = 64 * 1024 * 1024
+    outbox_disk_bytes: int = 1024 * 1024 * 1024
+    max_retries: int = Field(default=20, description="How often the agent repeats a failed model request.")

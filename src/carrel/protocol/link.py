@@ -1,0 +1,250 @@
+"""The frames between a runner and its gateway.
+
+The runner dials. Every frame of the runner's but `hello`, `delta` and `want_transcript` has a number `n`, counted from
+1 for the life of the sandbox; it is kept and sent again until the gateway acknowledges it, after the commit that stored
+it. Commands of the gateway carry an id, and a repeat of one is dropped by the runner.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from carrel.model import Failure, Frozen, StopReason, TurnStatus
+from carrel.protocol.events import NewEvent
+from carrel.protocol.spec import SessionSpec
+
+PROTOCOL_VERSION = 1
+
+# ------------------------------------------------------------------------------------------------- runner to gateway
+
+
+class OpenBlock(Frozen):
+    """The text so far of a block that is being made."""
+
+    turn_id: str | None = None
+    kind: str
+    message_id: str
+    block: int
+    text: str
+    parent_tool_use_id: str | None = None
+
+
+class Hello(Frozen):
+    """The first frame of every connection."""
+
+    kind: Literal["hello"] = "hello"
+    version: int = PROTOCOL_VERSION
+    sandbox_id: str
+    token: str
+    generation: int
+    last_acked: int = Field(description="The highest number known to be stored.")
+    bound: bool = Field(description="Whether `bind` was received before.")
+    last_turn: str | None = Field(default=None, description="The last turn received by `start_turn`.")
+    running_turn: str | None = Field(default=None, description="The turn at work now, agent's own ones included.")
+    background_tasks: int = 0
+    pending_asks: list[str] = []
+
+
+class EventFrame(Frozen):
+    """A fact for the session's log."""
+
+    kind: Literal["event"] = "event"
+    n: int
+    event: NewEvent
+
+
+class TranscriptFrame(Frozen):
+    """Lines of the agent's own transcript, each a JSON text, exactly as the agent wrote them."""
+
+    kind: Literal["transcript"] = "transcript"
+    n: int
+    agent_session_id: str
+    subpath: str = Field(default="", description="Of a sub-agent's transcript; empty for the main one.")
+    turn_id: str | None = None
+    lines: list[str]
+
+
+class AgentReady(Frozen):
+    """The agent is connected and can be given a turn."""
+
+    kind: Literal["agent_ready"] = "agent_ready"
+    n: int
+    resumed_turn: str | None = Field(default=None, description="The interrupted turn it goes on with.")
+
+
+class AgentFailed(Frozen):
+    """The agent could not be started, or ended by itself and cannot go on."""
+
+    kind: Literal["agent_failed"] = "agent_failed"
+    n: int
+    failure: Failure
+    operator_detail: str = ""
+
+
+class AgentSession(Frozen):
+    """The agent's own id for the conversation, which a later agent needs to take it up."""
+
+    kind: Literal["agent_session"] = "agent_session"
+    n: int
+    agent_session_id: str
+
+
+class TurnBegun(Frozen):
+    """The agent began a run by itself."""
+
+    kind: Literal["turn_begun"] = "turn_begun"
+    n: int
+    turn_id: str
+    at: datetime
+
+
+class TurnEnded(Frozen):
+    """The agent ended a turn."""
+
+    kind: Literal["turn_ended"] = "turn_ended"
+    n: int
+    turn_id: str
+    at: datetime
+    status: TurnStatus
+    stop_reason: StopReason
+    failure: Failure | None = None
+    structured_output: Any = None
+    num_turns: int = 0
+
+
+class Activity(Frozen):
+    """How many background shells and agents are at work; a session with any is not put to sleep."""
+
+    kind: Literal["activity"] = "activity"
+    n: int
+    background_tasks: int
+
+
+class Ended(Frozen):
+    """The last frame: the agent has ended and everything of it was sent."""
+
+    kind: Literal["ended"] = "ended"
+    n: int
+
+
+class DeltaFrame(Frozen):
+    """A piece of a message that is being made. Not numbered, not kept."""
+
+    kind: Literal["delta"] = "delta"
+    delta: str = Field(description="text, thinking, tool_input or reset.")
+    turn_id: str | None = None
+    message_id: str
+    block: int = 0
+    offset: int = 0
+    text: str = ""
+    parent_tool_use_id: str | None = None
+
+
+class OpenBlocks(Frozen):
+    """Right after `hello`: every open block's text so far."""
+
+    kind: Literal["open_blocks"] = "open_blocks"
+    blocks: list[OpenBlock]
+
+
+class WantTranscript(Frozen):
+    """The agent's transcript is not on this disk; the gateway is to send it."""
+
+    kind: Literal["want_transcript"] = "want_transcript"
+
+
+NumberedFrame = (
+    EventFrame | TranscriptFrame | AgentReady | AgentFailed | AgentSession | TurnBegun | TurnEnded | Activity | Ended
+)
+RunnerFrame = NumberedFrame | Hello | DeltaFrame | OpenBlocks | WantTranscript
+RUNNER_FRAME: TypeAdapter[RunnerFrame] = TypeAdapter(Annotated[RunnerFrame, Field(discriminator="kind")])
+
+# ------------------------------------------------------------------------------------------------- gateway to runner
+
+
+class Bind(Frozen):
+    """Gives the sandbox its session."""
+
+    kind: Literal["bind"] = "bind"
+    id: str
+    session_id: str
+    spec: SessionSpec
+    permission_mode: str
+    agent_session_id: str | None = Field(default=None, description="The conversation to take up.")
+    reconcile: bool = Field(default=False, description="Send the transcript on disk: the last sandbox was lost.")
+    resume_turn: str | None = Field(default=None, description="The interrupted turn that the agent is to go on with.")
+
+
+class StartTurn(Frozen):
+    """Hands the agent a prompt."""
+
+    kind: Literal["start_turn"] = "start_turn"
+    id: str
+    turn_id: str
+    content: list[dict[str, Any]]
+    max_turns: int | None = None
+    model: str | None = None
+
+
+class Interrupt(Frozen):
+    """Ends the turn at work."""
+
+    kind: Literal["interrupt"] = "interrupt"
+    id: str
+    turn_id: str
+    reason: StopReason
+
+
+class SetModel(Frozen):
+    """Another model from here on; None for the default."""
+
+    kind: Literal["set_model"] = "set_model"
+    id: str
+    model: str | None = None
+
+
+class SetPermissionMode(Frozen):
+    """Another permission mode from here on."""
+
+    kind: Literal["set_permission_mode"] = "set_permission_mode"
+    id: str
+    mode: str
+
+
+class Transcript(Frozen):
+    """The lines the runner asked for, in several frames; the last one says so."""
+
+    kind: Literal["transcript"] = "transcript"
+    subpath: str = ""
+    lines: list[str]
+    last: bool = False
+
+
+class Ack(Frozen):
+    """Everything up to `n` is stored."""
+
+    kind: Literal["ack"] = "ack"
+    n: int
+
+
+class Shutdown(Frozen):
+    """End the agent, send what is left, and end."""
+
+    kind: Literal["shutdown"] = "shutdown"
+    id: str
+    reason: str = ""
+
+
+class Refused(Frozen):
+    """This runner is not wanted any more: a newer generation has its session, or the session is gone."""
+
+    kind: Literal["refused"] = "refused"
+    reason: str
+
+
+Command = Bind | StartTurn | Interrupt | SetModel | SetPermissionMode | Shutdown
+GatewayFrame = Command | Transcript | Ack | Refused
+GATEWAY_FRAME: TypeAdapter[GatewayFrame] = TypeAdapter(Annotated[GatewayFrame, Field(discriminator="kind")])

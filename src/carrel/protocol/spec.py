@@ -1,0 +1,225 @@
+"""The options of a session and of a turn, as a caller writes them.
+
+Each option of a session says when a change of it takes effect: `live` at once, `launch` when the agent is next started.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from carrel.model import OnDisconnect, OnSandboxLost, PermissionMode, Workspace
+
+MAX_PROMPT_CHARS = 10_000_000
+MAX_METADATA_BYTES = 65_536
+
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+ToolRule = Annotated[str, StringConstraints(min_length=1, max_length=2_000)]
+NoNul = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+
+_RESERVED_ENV = (
+    "ANTHROPIC_",
+    "CLAUDE_",
+    "CARREL_",
+    "LD_",
+    "NODE_OPTIONS",
+    "BUN_",
+    "PATH",
+    "HOME",
+    "IS_SANDBOX",
+    "DISABLE_",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+)
+
+
+class Options(BaseModel):
+    """Options that refuse what they do not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _applies(when: Literal["live", "launch"], description: str, **constraints: Any) -> Any:
+    return Field(default=None, description=description, json_schema_extra={"x-applies": when}, **constraints)
+
+
+class SessionSpec(Options):
+    """How a session's agent is set up. Every field is optional and has Claude Code's own default."""
+
+    system_prompt: NoNul | None = _applies("launch", "Replaces Claude Code's system prompt.", max_length=1_000_000)
+    append_system_prompt: NoNul | None = _applies(
+        "launch", "Added to Claude Code's system prompt.", max_length=1_000_000
+    )
+    model: NoNul | None = _applies("live", "The model, or an alias such as `opus`.", min_length=1, max_length=200)
+    fallback_model: NoNul | None = _applies(
+        "launch", "Used when the model is overloaded.", min_length=1, max_length=200
+    )
+    permission_mode: PermissionMode | None = _applies("live", "Default: `bypassPermissions` in an isolated sandbox.")
+    tools: list[ToolRule] | None = _applies("launch", "The tools that exist for the agent; `[]` for none.")
+    allowed_tools: list[ToolRule] | None = _applies("launch", "The tools it may use without asking.")
+    disallowed_tools: list[ToolRule] | None = _applies("launch", "The tools it may not use.")
+    mcp_servers: dict[str, dict[str, Any]] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
+    agents: dict[str, dict[str, Any]] | None = _applies("launch", "Sub-agents by name.")
+    skills: list[str] | Literal["all"] | None = _applies("launch", "The skills to enable, or `all`.")
+    setting_sources: list[Literal["user", "project", "local"]] | None = _applies(
+        "launch", "Which settings files of the sandbox are read."
+    )
+    max_turns: int | None = _applies("launch", "Model requests a turn may make.", ge=1, le=100_000)
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = _applies("launch", "How hard the model tries.")
+    thinking: dict[str, Any] | None = _applies("launch", 'Such as `{"type": "adaptive"}`.')
+    output_format: dict[str, Any] | None = _applies("launch", '`{"type": "json_schema", "schema": {…}}`.')
+    env_vars: dict[EnvName, NoNul] | None = _applies("launch", "Variables for the agent's commands; never secrets.")
+
+    @field_validator("env_vars")
+    @classmethod
+    def _not_ours(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for name in value or {}:
+            if name.upper().startswith(_RESERVED_ENV):
+                raise ValueError(f"{name} is set by Carrel and cannot be given here")
+        return value
+
+    @field_validator("output_format")
+    @classmethod
+    def _is_schema(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and (value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict)):
+            raise ValueError('must be {"type": "json_schema", "schema": {…}}')
+        return value
+
+    @field_validator("thinking")
+    @classmethod
+    def _is_thinking(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        kind = value.get("type")
+        if kind not in ("adaptive", "enabled", "disabled"):
+            raise ValueError("type must be adaptive, enabled or disabled")
+        if kind == "enabled" and not isinstance(value.get("budget_tokens"), int):
+            raise ValueError("enabled needs budget_tokens, a whole number")
+        return value
+
+    @field_validator("mcp_servers")
+    @classmethod
+    def _are_servers(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        for name, server in (value or {}).items():
+            kind = server.get("type", "stdio")
+            needed = "command" if kind == "stdio" else "url"
+            if kind not in ("stdio", "sse", "http"):
+                raise ValueError(f"{name}: type must be stdio, sse or http")
+            if not isinstance(server.get(needed), str):
+                raise ValueError(f"{name}: a {kind} server needs {needed}")
+        return value
+
+    @field_validator("agents")
+    @classmethod
+    def _are_agents(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        for name, agent in (value or {}).items():
+            if not isinstance(agent.get("description"), str) or not isinstance(agent.get("prompt"), str):
+                raise ValueError(f"{name}: an agent needs a description and a prompt")
+        return value
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> SessionSpec:
+        if self.system_prompt is not None and self.append_system_prompt is not None:
+            raise ValueError("give system_prompt or append_system_prompt, not both")
+        return self
+
+
+LIVE_FIELDS = frozenset(
+    name
+    for name, field in SessionSpec.model_fields.items()
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("x-applies") == "live"
+)
+"""The options of a session that take effect at once; all others apply when its agent is next started."""
+
+
+class _Described(Options):
+    title: NoNul | None = Field(default=None, max_length=500, description="A name for people.")
+    metadata: dict[str, Any] | None = Field(default=None, description="Anything of yours, as JSON up to 64 KiB.")
+
+    @field_validator("metadata")
+    @classmethod
+    def _bounded(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        from pydantic_core import to_json
+
+        if value is not None and len(to_json(value)) > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata is larger than {MAX_METADATA_BYTES} bytes")
+        return value
+
+
+class CreateSession(SessionSpec, _Described):
+    """The body of `POST /sessions`."""
+
+    workspace: Workspace | None = Field(default=None, description="Where its files live.")
+    ttl_seconds: int | None = Field(default=None, ge=1, description="Deleted when unused for so long; default: never.")
+
+    def spec(self) -> SessionSpec:
+        """The part that the agent is started with."""
+        return SessionSpec.model_validate(self.model_dump(include=set(SessionSpec.model_fields), exclude_none=True))
+
+
+class UpdateSession(SessionSpec, _Described):
+    """The body of `PATCH /sessions/{id}`: what is given is changed, `null` goes back to the default."""
+
+
+class ContentBlock(BaseModel):
+    """A block of a prompt: text, an image or a document, in the shape of the Messages API."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["text", "image", "document"]
+
+
+class TurnOptions(Options):
+    """How one turn is run."""
+
+    timeout_seconds: float | None = Field(default=None, gt=0, le=604_800, description="Interrupts the turn after it.")
+    queue_timeout_seconds: float | None = Field(
+        default=None, gt=0, le=604_800, description="Gives up waiting after it."
+    )
+    on_disconnect: OnDisconnect = Field(default=OnDisconnect.CONTINUE, description="If the requester goes away.")
+    on_sandbox_lost: OnSandboxLost = Field(default=OnSandboxLost.FAIL, description="If the sandbox dies in mid-turn.")
+    max_turns: int | None = Field(default=None, ge=1, le=100_000, description="Model requests this turn may make.")
+    model: NoNul | None = Field(default=None, min_length=1, max_length=200, description="The model from here on.")
+
+
+class CreateTurn(TurnOptions):
+    """The body of `POST /sessions/{id}/turns`."""
+
+    prompt: str | None = Field(
+        default=None, min_length=1, max_length=MAX_PROMPT_CHARS, description="The prompt's text."
+    )
+    content: list[ContentBlock] | None = Field(default=None, min_length=1, description="In place of `prompt`: blocks.")
+    wait: bool = Field(default=False, description="Answer when the turn has ended, with its result.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> CreateTurn:
+        if (self.prompt is None) == (self.content is None):
+            raise ValueError("give either prompt or content")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("prompt is blank")
+        return self
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """The prompt as blocks of the Messages API."""
+        if self.content is not None:
+            return [block.model_dump() for block in self.content]
+        return [{"type": "text", "text": self.prompt}]
+
+    def options(self) -> TurnOptions:
+        """The part that says how the turn is run."""
+        return TurnOptions.model_validate(self.model_dump(include=set(TurnOptions.model_fields)))
+
+
+class Query(CreateTurn, CreateSession):
+    """The body of `POST /query`: a session's options and a turn's, together."""
+
+    def turn(self) -> CreateTurn:
+        """The turn to run in the one-off session."""
+        return CreateTurn.model_validate(self.model_dump(include=set(CreateTurn.model_fields), exclude_none=True))
+
+    def session(self) -> CreateSession:
+        """The one-off session."""
+        fields = set(CreateSession.model_fields)
+        return CreateSession.model_validate(self.model_dump(include=fields, exclude_none=True))

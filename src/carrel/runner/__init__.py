@@ -1,0 +1,1 @@
+"""Runs beside one agent: owns it, and carries what it does to the gateway."""

@@ -1,0 +1,92 @@
+"""Keeps every numbered frame until the gateway says it is stored: in memory to a bound, then on disk to another."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from carrel.errors import SpoolFull
+
+
+class Outbox:
+    """Frames by number, oldest first. Numbers count from 1 and have no gaps."""
+
+    def __init__(self, spool_path: Path, *, memory_bytes: int, disk_bytes: int) -> None:
+        """Make an empty outbox.
+
+        Args:
+            spool_path: a file that is made when memory is full, and removed when it is no longer needed.
+            memory_bytes: how much is kept in memory.
+            disk_bytes: how much more is kept on disk.
+        """
+        self._spool_path = spool_path
+        self._memory_bound = memory_bytes
+        self._disk_bound = disk_bytes
+        self._memory: deque[tuple[int, bytes]] = deque()
+        self._memory_size = 0
+        self._spooled: deque[tuple[int, int, int]] = deque()
+        self._spool_size = 0
+        self._spool_fd: int | None = None
+        self._last = 0
+        self.last_acked = 0
+
+    def __len__(self) -> int:
+        return len(self._memory) + len(self._spooled)
+
+    @property
+    def next_number(self) -> int:
+        """The number the next frame will have."""
+        return self._last + 1
+
+    def put(self, frame: bytes) -> None:
+        """Keep a frame whose number is `next_number`.
+
+        Raises:
+            SpoolFull: there is no room left; the frame is not kept.
+        """
+        fits = not self._spooled and (self._memory_size + len(frame) <= self._memory_bound or not self._memory)
+        if fits:
+            self._memory.append((self._last + 1, frame))
+            self._memory_size += len(frame)
+        else:
+            self._spool(frame)
+        self._last += 1
+
+    def _spool(self, frame: bytes) -> None:
+        if self._spool_size + len(frame) > self._disk_bound:
+            raise SpoolFull
+        if self._spool_fd is None:
+            self._spool_fd = os.open(self._spool_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        written = 0
+        while written < len(frame):
+            written += os.pwrite(self._spool_fd, frame[written:], self._spool_size + written)
+        self._spooled.append((self._last + 1, self._spool_size, len(frame)))
+        self._spool_size += len(frame)
+
+    def ack(self, n: int) -> None:
+        """Forget every frame up to number `n`."""
+        self.last_acked = max(self.last_acked, n)
+        while self._memory and self._memory[0][0] <= n:
+            self._memory_size -= len(self._memory.popleft()[1])
+        while self._spooled and self._spooled[0][0] <= n:
+            self._spooled.popleft()
+        if self._spool_fd is not None and not self._spooled:
+            self.close()
+
+    def after(self, n: int) -> Iterator[tuple[int, bytes]]:
+        """Every kept frame with a higher number than `n`, oldest first. The outbox may grow meanwhile."""
+        yield from [item for item in self._memory if item[0] > n]
+        for number, offset, size in list(self._spooled):
+            if number > n and self._spool_fd is not None:
+                yield number, os.pread(self._spool_fd, size, offset)
+
+    def close(self) -> None:
+        """Remove the file on disk, if there is one."""
+        if self._spool_fd is not None:
+            os.close(self._spool_fd)
+            self._spool_path.unlink(missing_ok=True)
+        self._spool_fd = None
+        self._spool_size = 0
+        self._spooled.clear()

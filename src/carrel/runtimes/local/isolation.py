@@ -1,0 +1,186 @@
+"""The wall around an agent on this host: how its command line is wrapped, and what it sees."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from carrel.errors import IsolationUnavailable
+from carrel.model import Isolation, Network
+from carrel.protocol.bootstrap import Mount
+
+WORKSPACE = "/workspace"
+HOME = "/home/agent"
+GATEWAY_SOCKET = "/run/carrel/gateway.sock"
+_PROGRAM = "/opt/carrel/claude"
+_SHOWN_IN_ETC = (
+    "alternatives",
+    "ca-certificates",
+    "debian_version",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "localtime",
+    "magic",
+    "mime.types",
+    "os-release",
+    "pki",
+    "ssl",
+    "timezone",
+)
+_SHOWN_WITH_NETWORK = ("hosts", "nsswitch.conf", "resolv.conf", "services", "gai.conf")
+_ROOTS = ("/mnt", "/media", "/srv", "/opt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The host's side of one sandbox."""
+
+    folder: Path
+    workspace: Path
+    home: Path
+    gateway_folder: Path
+    cli: Path
+    owner: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapped:
+    """How the runner starts the agent."""
+
+    cli_path: str
+    cwd: str
+    config_dir: str
+    env: dict[str, str]
+    mounts: list[Mount]
+    mount_root: str | None
+
+
+def choose(asked: Isolation | None) -> Isolation:
+    """The isolation to use: what was asked for, or bubblewrap.
+
+    Raises:
+        IsolationUnavailable: bubblewrap is wanted and does not work here; the message says what can be done.
+    """
+    chosen = asked or Isolation.BUBBLEWRAP
+    if chosen is not Isolation.BUBBLEWRAP:
+        return chosen
+    if shutil.which("bwrap") is None:
+        raise IsolationUnavailable(
+            "bubblewrap (bwrap) is not installed. Install it (Debian: apt-get install bubblewrap), or choose "
+            "--isolation container inside a container that isolates by itself, or --isolation none."
+        )
+    # The shortest program that goes through everything an agent will.
+    command = [*_drop(_probe_user()), *_bwrap(Network.GATEWAY_ONLY), "--ro-bind", "/", "/", "true"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if result.returncode != 0:
+        raise IsolationUnavailable(
+            "bubblewrap does not work here. Allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, "
+            "or kernel.apparmor_restrict_unprivileged_userns=0), or choose --isolation container inside a container "
+            "that isolates by itself, or --isolation none.",
+            operator_detail=result.stderr.strip(),
+        )
+    return chosen
+
+
+def _probe_user() -> tuple[int, int] | None:
+    return (65534, 65534) if os.geteuid() == 0 else None
+
+
+def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: list[str], sandbox_id: str) -> Wrapped:
+    """Prepare the wall of one sandbox; writes what it needs into the sandbox's folder."""
+    env = {
+        "CARREL_SANDBOX": sandbox_id,
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "TERM": "dumb",
+        "SHELL": "/bin/bash",
+        "USER": "agent",
+        "LOGNAME": "agent",
+        "IS_SANDBOX": "1",
+        "ANTHROPIC_BASE_URL": "http://gateway",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_TELEMETRY": "1",
+        "DISABLE_AUTOUPDATER": "1",
+        "DISABLE_ERROR_REPORTING": "1",
+    }
+    if isolation is not Isolation.BUBBLEWRAP:
+        env |= {"HOME": str(place.home), "ANTHROPIC_UNIX_SOCKET": str(place.gateway_folder / "gateway.sock")}
+        return Wrapped(
+            cli_path=str(place.cli),
+            cwd=str(place.workspace),
+            config_dir=str(place.home / ".claude"),
+            env=env,
+            mounts=[],
+            mount_root=None,
+        )
+    env |= {"HOME": HOME, "ANTHROPIC_UNIX_SOCKET": GATEWAY_SOCKET, "TMPDIR": "/tmp"}
+    shown = {"workspace": place.workspace, "home": place.home, "gateway": place.gateway_folder, "claude": place.cli}
+    uid, gid = place.owner or (os.geteuid(), os.getegid())
+    passwd = place.folder / "etc"
+    passwd.mkdir(mode=0o755, exist_ok=True)
+    (passwd / "passwd").write_text(f"agent:x:{uid}:{gid}:agent:{HOME}:/bin/bash\n")
+    (passwd / "group").write_text(f"agent:x:{gid}:\n")
+    shown["etc"] = passwd
+    root: str | None = None
+    mounts: list[Mount] = []
+    if place.owner is not None:
+        root = _root_outside([place.folder, place.workspace, place.home, place.gateway_folder, place.cli])
+        mounts = [Mount(source=str(path), target=f"{root}/{name}") for name, path in shown.items()]
+        shown = {name: Path(root, name) for name in shown}
+    command = [*_drop(place.owner), *_bwrap(network), *_view(shown, network, read_only), "--", _PROGRAM]
+    wrapper = place.folder / "claude"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    wrapper.chmod(0o700)
+    return Wrapped(
+        cli_path=str(wrapper), cwd=WORKSPACE, config_dir=f"{HOME}/.claude", env=env, mounts=mounts, mount_root=root
+    )
+
+
+def _drop(owner: tuple[int, int] | None) -> list[str]:
+    """Where Carrel is root, each session's agent is an unprivileged user of its own."""
+    if owner is None:
+        return []
+    return ["setpriv", f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups", "--no-new-privs"]
+
+
+def _bwrap(network: Network) -> list[str]:
+    flags = ["bwrap", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--unshare-pid", "--unshare-ipc"]
+    flags += ["--unshare-uts", "--hostname", "carrel", "--unshare-cgroup-try", "--die-with-parent", "--new-session"]
+    if network is Network.GATEWAY_ONLY:
+        flags.append("--unshare-net")
+    return flags
+
+
+def _view(shown: dict[str, Path], network: Network, read_only: list[str]) -> list[str]:
+    flags = ["--ro-bind", "/usr", "/usr"]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        path = Path("/", name)
+        if path.is_symlink():
+            flags += ["--symlink", f"usr/{name}", str(path)]
+        elif path.is_dir():
+            flags += ["--ro-bind", str(path), str(path)]
+    for name in _SHOWN_IN_ETC + (_SHOWN_WITH_NETWORK if network is Network.HOST else ()):
+        flags += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+    flags += ["--ro-bind", str(shown["etc"] / "passwd"), "/etc/passwd"]
+    flags += ["--ro-bind", str(shown["etc"] / "group"), "/etc/group"]
+    for extra in read_only:
+        flags += ["--ro-bind", extra, extra]
+    flags += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/run"]
+    flags += ["--ro-bind", str(shown["gateway"]), str(Path(GATEWAY_SOCKET).parent)]
+    flags += ["--ro-bind", str(shown["claude"]), _PROGRAM]
+    flags += ["--bind", str(shown["home"]), HOME, "--bind", str(shown["workspace"]), WORKSPACE, "--chdir", WORKSPACE]
+    return flags
+
+
+def _root_outside(paths: list[Path]) -> str:
+    """A folder everyone may walk through and that hides nothing we need when something is mounted over it."""
+    needed = [path.resolve() for path in paths]
+    for root in _ROOTS:
+        if Path(root).is_dir() and not any(path.is_relative_to(root) for path in needed):
+            return root
+    raise IsolationUnavailable(f"One of {', '.join(_ROOTS)} must exist and hold nothing of Carrel's.")

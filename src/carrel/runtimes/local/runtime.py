@@ -1,0 +1,151 @@
+"""The local runtime: a runner forked from a preloaded parent, its agent behind bubblewrap."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from carrel import abc
+from carrel.errors import SandboxLaunchFailed
+from carrel.model import Isolation, Network
+from carrel.protocol.bootstrap import Bootstrap
+from carrel.runtimes.local import isolation as walls
+from carrel.runtimes.local import processes
+from carrel.runtimes.local.nursery import Nursery
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRuntimeOptions:
+    """How local sandboxes are made."""
+
+    folder: Path
+    """Where each sandbox has a folder of its own while it lives."""
+    link_socket: Path
+    gateway_folder: Path
+    """The folder, shown to every agent, in which the model gateway's socket stands."""
+    cli_path: Path
+    isolation: Isolation | None = None
+    network: Network = Network.GATEWAY_ONLY
+    read_only_paths: tuple[str, ...] = ()
+    reconnect_window_seconds: float = 300.0
+    max_frame_bytes: int = 64 * 1024 * 1024
+    outbox_memory_bytes: int = 64 * 1024 * 1024
+    outbox_disk_bytes: int = 1024 * 1024 * 1024
+
+
+class LocalRuntime(abc.Runtime):
+    """Sandboxes as processes of this host."""
+
+    name = "local"
+
+    def __init__(self, options: LocalRuntimeOptions) -> None:
+        """Make the runtime; nothing is started before `start`."""
+        self._options = options
+        self._isolation = options.isolation or Isolation.BUBBLEWRAP
+        self.isolated = self._isolation is not Isolation.NONE
+        self._nursery = Nursery(options.folder / "nursery.log", max_bytes=options.max_frame_bytes)
+
+    async def start(self, exit_stack: AsyncExitStack) -> None:
+        """Check that this host can isolate as asked, and start the preloaded parent."""
+        self._options.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await asyncio.to_thread(walls.choose, self._isolation)
+        await self._nursery.start(exit_stack)
+
+    async def launch(self, spec: abc.LaunchSpec) -> AsyncIterator[dict[str, Any]]:
+        """Start a sandbox; see the contract."""
+        folder = self._options.folder / spec.sandbox_id
+        state: dict[str, Any] = {"folder": str(folder), "sandbox_id": spec.sandbox_id}
+        yield state
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            bootstrap = self._bootstrap(spec, folder)
+        except OSError as error:
+            raise SandboxLaunchFailed(operator_detail=repr(error)) from error
+        pid = await self._nursery.fork(bootstrap)
+        yield state | {"pid": pid}
+
+    def _bootstrap(self, spec: abc.LaunchSpec, folder: Path) -> Bootstrap:
+        options = self._options
+        place = walls.Place(
+            folder=folder,
+            workspace=Path(spec.workspace),
+            home=Path(spec.home),
+            gateway_folder=options.gateway_folder,
+            cli=options.cli_path,
+            owner=spec.owner,
+        )
+        wrapped = walls.wrap(
+            self._isolation,
+            options.network,
+            place,
+            read_only=list(options.read_only_paths),
+            sandbox_id=spec.sandbox_id,
+        )
+        return Bootstrap(
+            sandbox_id=spec.sandbox_id,
+            generation=spec.generation,
+            link_socket=str(options.link_socket),
+            link_token=spec.link_token,
+            agent_token=spec.agent_token,
+            lock_path=str(folder / "lock"),
+            log_path=str(folder / "runner.log"),
+            spool_path=str(folder / "spool"),
+            cli_path=wrapped.cli_path,
+            cwd=wrapped.cwd,
+            workspace=spec.workspace,
+            home=spec.home,
+            config_dir=wrapped.config_dir,
+            agent_env=wrapped.env,
+            owner=spec.owner,
+            mounts=wrapped.mounts,
+            mount_root=wrapped.mount_root,
+            subreaper=self._isolation is not Isolation.BUBBLEWRAP,
+            reconnect_window_seconds=options.reconnect_window_seconds,
+            max_frame_bytes=options.max_frame_bytes,
+            outbox_memory_bytes=options.outbox_memory_bytes,
+            outbox_disk_bytes=options.outbox_disk_bytes,
+        )
+
+    async def terminate(self, state: Mapping[str, Any]) -> None:
+        """End the runner, then whatever carries the sandbox's mark, then its folder."""
+        await asyncio.to_thread(self._terminate, str(state["sandbox_id"]), Path(str(state["folder"])))
+
+    def _terminate(self, sandbox_id: str, folder: Path) -> None:
+        processes.end_holder(folder / "lock")
+        processes.end_marked(sandbox_id)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:
+        """Whether each runner's lock is held."""
+        return {
+            sandbox_id: "folder" in state and processes.lock_held(Path(str(state["folder"]), "lock"))
+            for sandbox_id, state in states.items()
+        }
+
+    async def owned(self) -> Mapping[str, dict[str, Any]]:
+        """Every sandbox with a folder here."""
+        with os.scandir(self._options.folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return {name: {"sandbox_id": name, "folder": str(self._options.folder / name)} for name in names}
+
+    async def logs(self, state: Mapping[str, Any]) -> AsyncIterator[str]:
+        """The runner's log."""
+        path = Path(str(state["folder"]), "runner.log")
+        if path.is_file():
+            for line in path.read_text(errors="replace").splitlines():
+                yield line
+
+    @property
+    def nursery_pid(self) -> int | None:
+        """The preloaded parent's process id."""
+        return self._nursery.pid

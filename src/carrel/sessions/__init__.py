@@ -1,0 +1,1 @@
+"""The heart: sessions and their turns, from a prompt to its end and through every accident between."""

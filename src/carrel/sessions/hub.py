@@ -1,0 +1,350 @@
+"""The gateway's end of every link: who is connected, what it sent, what it is told.
+
+Numbered frames are applied in order and acknowledged after the commit that stored them; a frame whose number is not
+above the sandbox's mark came twice and is dropped. Deltas keep their place between events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Final
+
+import structlog
+from pydantic import ValidationError
+from pydantic_core import to_json
+
+from carrel import abc
+from carrel.killpoints import reached
+from carrel.model import Sandbox, SandboxStatus, Session, SessionStatus
+from carrel.protocol.events import EVENT_TYPES
+from carrel.protocol.link import (
+    PROTOCOL_VERSION,
+    RUNNER_FRAME,
+    Ack,
+    Activity,
+    AgentFailed,
+    AgentReady,
+    AgentSession,
+    DeltaFrame,
+    Ended,
+    EventFrame,
+    GatewayFrame,
+    Hello,
+    NumberedFrame,
+    OpenBlocks,
+    Refused,
+    RunnerFrame,
+    Transcript,
+    TranscriptFrame,
+    TurnBegun,
+    TurnEnded,
+    WantTranscript,
+)
+from carrel.sessions import transitions
+from carrel.sessions.live import Live
+
+log = structlog.get_logger(__name__)
+
+_TRANSCRIPT_LINES: Final = 200
+_HELLO_SECONDS: Final = 10.0
+_GROUP_FRAMES: Final = 500
+
+
+def token_hash(token: str) -> str:
+    """How a token is stored."""
+    return sha256(token.encode()).hexdigest()
+
+
+class LinkConnection(ABC):
+    """A message-wise connection to a runner."""
+
+    @abstractmethod
+    async def receive(self) -> bytes | None:
+        """The next message, or None when the connection is over."""
+
+    @abstractmethod
+    async def send(self, data: bytes) -> None:
+        """Send a message. Does nothing when the connection is over."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the connection."""
+
+
+class Link:
+    """One connected runner, as the owner of its session sees it."""
+
+    def __init__(self, sandbox: Sandbox, connection: LinkConnection, hello: Hello) -> None:
+        self.sandbox_id = sandbox.id
+        self.session_id = sandbox.session_id
+        self.bound = hello.bound
+        self.ready = hello.bound and sandbox.status is SandboxStatus.LIVE
+        self.last_turn = hello.last_turn
+        self.background_tasks = hello.background_tasks
+        self.interrupted_turn: str | None = None
+        self.failure: AgentFailed | None = None
+        self.ended = False
+        self.connection = connection
+
+    async def tell(self, frame: GatewayFrame) -> None:
+        """Send the runner a frame; it is lost when the connection is, and what follows from the rows is sent again."""
+        await self.connection.send(to_json(frame))
+
+
+class Hub:
+    """Every connected runner of this gateway."""
+
+    def __init__(self, store: abc.Store, live: Live, poke: Callable[[str], None]) -> None:
+        """Make the hub.
+
+        Args:
+            store: where frames are put.
+            live: where deltas go.
+            poke: told the session's id whenever its link has changed something the owner should look at.
+        """
+        self._store = store
+        self._live = live
+        self._poke = poke
+        self._links: dict[str, Link] = {}
+
+    def link(self, sandbox_id: str) -> Link | None:
+        """The sandbox's link, if it is connected now."""
+        return self._links.get(sandbox_id)
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    async def serve(self, connection: LinkConnection) -> None:
+        """Serve one connection to its end."""
+        link = await self._welcome(connection)
+        if link is None:
+            await connection.close()
+            return
+        earlier = self._links.get(link.sandbox_id)
+        self._links[link.sandbox_id] = link
+        if earlier is not None:
+            await earlier.connection.close()
+        self._poke(link.session_id)
+        try:
+            await self._serve_frames(link)
+        finally:
+            if self._links.get(link.sandbox_id) is link:
+                del self._links[link.sandbox_id]
+            self._poke(link.session_id)
+
+    async def _welcome(self, connection: LinkConnection) -> Link | None:
+        try:
+            first = await asyncio.wait_for(connection.receive(), _HELLO_SECONDS)
+            hello = RUNNER_FRAME.validate_json(first or b"")
+        except (TimeoutError, ValidationError):
+            log.warning("link.no_hello")
+            return None
+        if not isinstance(hello, Hello):
+            return None
+        sandbox, session = await self._store.read(
+            lambda tx: (
+                (sandbox := tx.sandboxes.get(hello.sandbox_id)),
+                tx.sessions.get(sandbox.session_id) if sandbox else None,
+            )
+        )
+        refusal = _refusal(hello, sandbox, session)
+        if refusal is not None or sandbox is None:
+            log.warning("link.refused", sandbox=hello.sandbox_id, reason=refusal)
+            await connection.send(to_json(Refused(reason=refusal or "")))
+            return None
+        log.info("link.connected", sandbox=sandbox.id, session=sandbox.session_id, generation=sandbox.generation)
+        # Whatever was stored but not acknowledged need not come again.
+        await connection.send(to_json(Ack(n=sandbox.acked)))
+        return Link(sandbox, connection, hello)
+
+    async def _serve_frames(self, link: Link) -> None:
+        received: deque[RunnerFrame] = deque()
+        some = asyncio.Event()
+        over = False
+
+        async def read() -> None:
+            nonlocal over
+            try:
+                while (message := await link.connection.receive()) is not None:
+                    received.extend(RUNNER_FRAME.validate_json(line) for line in message.split(b"\n"))
+                    some.set()
+            except ValidationError as error:
+                log.error("link.bad_frame", sandbox=link.sandbox_id, error=str(error)[:500])
+                await link.connection.close()
+            finally:
+                over = True
+                some.set()
+
+        reader = asyncio.create_task(read(), name=f"link {link.sandbox_id}")
+        try:
+            while not over or received:
+                if not received:
+                    some.clear()
+                    await some.wait()
+                    continue
+                await self._take(link, received)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _take(self, link: Link, received: deque[RunnerFrame]) -> None:
+        """Take a run of frames of one sort off the front, and deal with it."""
+        first = received[0]
+        if isinstance(first, DeltaFrame):
+            deltas: list[DeltaFrame] = []
+            while received and isinstance(received[0], DeltaFrame) and len(deltas) < _GROUP_FRAMES:
+                deltas.append(received.popleft())  # type: ignore[arg-type]
+            self._live.deltas(link.session_id, deltas)
+            reached("delta.published")
+        elif isinstance(first, OpenBlocks):
+            received.popleft()
+            self._live.replace(link.session_id, first.blocks)
+        elif isinstance(first, WantTranscript):
+            received.popleft()
+            await self._send_transcript(link)
+        elif isinstance(first, Hello):
+            received.popleft()
+        else:
+            frames: list[NumberedFrame] = []
+            while (
+                received
+                and not isinstance(received[0], DeltaFrame | OpenBlocks | WantTranscript | Hello)
+                and len(frames) < _GROUP_FRAMES
+            ):
+                frames.append(received.popleft())  # type: ignore[arg-type]
+            await self._store_frames(link, frames)
+
+    async def _store_frames(self, link: Link, frames: Sequence[NumberedFrame]) -> None:
+        reached("frames.received")
+        await self._store.write(lambda tx: _apply(tx, link.sandbox_id, frames))
+        reached("frames.stored")
+        await link.tell(Ack(n=frames[-1].n))
+        reached("frames.acked")
+        for frame in frames:
+            self._remember(link, frame)
+        if any(not isinstance(frame, EventFrame | TranscriptFrame) for frame in frames):
+            self._poke(link.session_id)
+
+    def _remember(self, link: Link, frame: NumberedFrame) -> None:
+        match frame:
+            case AgentReady():
+                link.ready = True
+                link.last_turn = frame.resumed_turn or link.last_turn
+            case AgentFailed():
+                link.failure = frame
+            case Activity():
+                link.background_tasks = frame.background_tasks
+            case Ended():
+                link.ended = True
+            case EventFrame():
+                if frame.event.type in ("tool.called", "tool.finished"):
+                    reached(frame.event.type)
+
+    async def _send_transcript(self, link: Link) -> None:
+        subpaths = await self._store.read(lambda tx: list(tx.transcripts.subpaths(link.session_id)))
+        for subpath in subpaths:
+            after = 0
+            while True:
+                batch = await self._store.read(
+                    lambda tx, s=subpath, a=after: tx.transcripts.page(  # type: ignore[misc]
+                        link.session_id, s, after=a, limit=_TRANSCRIPT_LINES
+                    )
+                )
+                if not batch:
+                    break
+                after = batch[-1][0]
+                await link.tell(Transcript(subpath=subpath, lines=[line for _, line in batch]))
+        await link.tell(Transcript(lines=[], last=True))
+
+
+def _refusal(hello: Hello, sandbox: Sandbox | None, session: Session | None) -> str | None:
+    """Why this runner is not let in, or None."""
+    if sandbox is None or not hmac.compare_digest(token_hash(hello.token), sandbox.link_token_hash):
+        return "unknown sandbox or wrong token"
+    if hello.version != PROTOCOL_VERSION:
+        return f"protocol {hello.version} is not spoken here"
+    if sandbox.status is SandboxStatus.GONE or session is None:
+        return "the session no longer has this sandbox"
+    if sandbox.generation < session.generation:
+        return "a newer generation has the session"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- frames, into rows
+
+
+def _apply(tx: abc.Transaction, sandbox_id: str, frames: Sequence[NumberedFrame]) -> None:
+    sandbox = tx.sandboxes.get(sandbox_id)
+    if sandbox is None or sandbox.status is SandboxStatus.GONE:
+        return
+    before = tx.sandboxes.advance(sandbox_id, frames[-1].n)
+    fresh = [frame for frame in frames if frame.n > before]
+    session = tx.sessions.get(sandbox.session_id)
+    if session is None or sandbox.generation < session.generation:
+        return
+    events: list[EventFrame] = []
+    for frame in fresh:
+        if isinstance(frame, EventFrame):
+            events.append(frame)
+            continue
+        _append(tx, sandbox, events)
+        events = []
+        _apply_one(tx, sandbox, frame)
+    _append(tx, sandbox, events)
+
+
+def _append(tx: abc.Transaction, sandbox: Sandbox, frames: Sequence[EventFrame]) -> None:
+    # A sandbox that was told to end has nothing more to say: its turn has ended without it.
+    if sandbox.status is SandboxStatus.ENDING:
+        return
+    tx.events.append(sandbox.session_id, [frame.event for frame in frames if frame.event.type in EVENT_TYPES])
+
+
+def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> None:
+    session = tx.sessions.get(sandbox.session_id)
+    if session is None:
+        return
+    match frame:
+        case TranscriptFrame():
+            tx.transcripts.append(session.id, subpath=frame.subpath, turn_id=frame.turn_id, lines=frame.lines)
+        case AgentSession():
+            tx.sessions.update(session.id, agent_session_id=frame.agent_session_id)
+        case AgentReady():
+            _agent_ready(tx, sandbox, session)
+        case TurnBegun():
+            if sandbox.status is not SandboxStatus.ENDING and tx.turns.get(frame.turn_id) is None:
+                transitions.begin_agent_turn(tx, session, frame.turn_id, frame.at, sandbox.id)
+        case TurnEnded():
+            _turn_ended(tx, sandbox, session, frame)
+
+
+def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session) -> None:
+    if sandbox.status is SandboxStatus.LAUNCHING:
+        tx.sandboxes.update(sandbox.id, status=SandboxStatus.LIVE)
+        if session.status is SessionStatus.STARTING:
+            transitions.set_status(tx, session, SessionStatus.READY)
+
+
+def _turn_ended(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: TurnEnded) -> None:
+    turn = tx.turns.get(frame.turn_id)
+    if turn is None or turn.status.ended or turn.session_id != session.id:
+        return
+    ended = transitions.complete_turn(
+        tx,
+        session,
+        turn,
+        frame.status,
+        stop_reason=frame.stop_reason,
+        error=frame.failure,
+        structured_output=frame.structured_output,
+        num_turns=frame.num_turns,
+        ended_at=frame.at,
+    )
+    if sandbox.status is not SandboxStatus.ENDING:
+        after = transitions.touch(session, frame.at)
+        transitions.set_status(tx, session, SessionStatus.READY, stop_reason=ended.stop_reason, **after)

@@ -1,0 +1,489 @@
+"""What callers may do with sessions and turns. Every call checks that the caller owns what it names."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from pydantic_core import to_json
+
+from carrel import abc
+from carrel.errors import (
+    Draining,
+    Forbidden,
+    NothingToInterrupt,
+    QueueFull,
+    SessionFailed,
+    SessionNotFound,
+    SessionStopped,
+    TurnNotCancellable,
+    TurnNotFinished,
+    TurnNotFound,
+)
+from carrel.killpoints import reached
+from carrel.model import (
+    PermissionMode,
+    SandboxStatus,
+    Session,
+    SessionStatus,
+    StopReason,
+    Turn,
+    TurnStatus,
+    Workspace,
+    new_id,
+    utc_now,
+)
+from carrel.protocol.events import SessionCreated, SessionUpdated, StoredEvent, TurnQueued
+from carrel.protocol.link import SetModel, SetPermissionMode
+from carrel.protocol.results import TurnResult, result_of
+from carrel.protocol.spec import LIVE_FIELDS, CreateSession, CreateTurn, SessionSpec, UpdateSession
+from carrel.sessions import transitions
+from carrel.sessions.hub import Hub
+from carrel.sessions.owner import Owner, mark_deleted
+from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.streams import Streams
+from carrel.workspaces.folders import Folders
+
+T = TypeVar("T")
+
+_PAGE = 500
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An Idempotency-Key: the object a request makes is noted beside it in the transaction that makes it."""
+
+    principal: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Bounds of what callers may do."""
+
+    max_queued_turns: int = 100
+    allow_bypass: bool = True
+
+
+class SessionService:
+    """Sessions and turns, for callers."""
+
+    def __init__(
+        self,
+        store: abc.Store,
+        streams: Streams,
+        owner: Owner,
+        scheduler: Scheduler,
+        hub: Hub,
+        folders: Folders,
+        *,
+        run_blocking: Callable[..., Any],
+        options: ServiceOptions,
+    ) -> None:
+        """Make the service over the parts that do the work."""
+        self._store = store
+        self.streams = streams
+        self._owner = owner
+        self._scheduler = scheduler
+        self._hub = hub
+        self.folders = folders
+        self.run_blocking = run_blocking
+        self._options = options
+
+    # ------------------------------------------------------------------------------------------------------- sessions
+
+    async def create(self, principal: str, body: CreateSession, mark: Mark | None = None) -> Session:
+        """Make a session. No process is started and no model asked.
+
+        Raises:
+            Forbidden: the options are not allowed here.
+        """
+        spec = body.spec()
+        self._check_mode(spec.permission_mode)
+
+        def work(tx: abc.Transaction) -> Session:
+            now = utc_now()
+            session = _new_session(tx, principal, spec, body, now)
+            tx.sessions.add(session)
+            transitions.emit(tx, session.id, SessionCreated(title=session.title))
+            _note(tx, mark, session.id)
+            return _session(tx, principal, session.id)
+
+        return await self._store.write(work)
+
+    async def get(self, principal: str, session_id: str) -> Session:
+        """The session. Raises SessionNotFound, also for one of somebody else's."""
+        return await self._store.read(lambda tx: _session(tx, principal, session_id))
+
+    async def page(
+        self, principal: str, *, status: SessionStatus | None, cursor: str | None, limit: int
+    ) -> abc.Page[Session]:
+        """The caller's sessions, newest first. Raises InvalidCursor."""
+        which = abc.SessionFilter(owner=principal, status=status)
+        return await self._store.read(lambda tx: tx.sessions.page(which, cursor=cursor, limit=limit))
+
+    async def update(self, principal: str, session_id: str, body: UpdateSession) -> Session:
+        """Change what is given. Some options reach the running agent, the others its next start."""
+        given = body.model_fields_set
+        options = given & set(SessionSpec.model_fields)
+        self._check_mode(body.permission_mode)
+
+        def work(tx: abc.Transaction) -> tuple[Session, str | None]:
+            session = _session(tx, principal, session_id)
+            changes: dict[str, Any] = {}
+            if "title" in given:
+                changes["title"] = body.title
+            if "metadata" in given:
+                changes["metadata"] = body.metadata or {}
+            if options:
+                spec = {name: value for name, value in session.spec.items() if name not in options}
+                spec |= body.model_dump(mode="json", include=options, exclude_none=True)
+                SessionSpec.model_validate(spec)
+                changes["spec"] = spec
+            if not changes:
+                return session, None
+            updated = tx.sessions.update(session_id, **changes)
+            at_next = sorted(options - LIVE_FIELDS)
+            transitions.emit(tx, session_id, SessionUpdated(changed=sorted(given), at_next_launch=at_next))
+            sandbox = tx.sandboxes.current(session_id)
+            return tx.sessions.update(session_id, title=updated.title), sandbox.id if sandbox else None
+
+        session, sandbox_id = await self._store.write(work)
+        link = self._hub.link(sandbox_id) if sandbox_id else None
+        if link is not None and "model" in options:
+            await link.tell(SetModel(id=new_id(), model=body.model))
+        if link is not None and "permission_mode" in options and body.permission_mode is not None:
+            await link.tell(SetPermissionMode(id=new_id(), mode=body.permission_mode))
+        return session
+
+    async def delete(self, principal: str, session_id: str) -> None:
+        """Delete the session for good, with its files. Its processes are gone when this returns."""
+
+        def work(tx: abc.Transaction) -> None:
+            _session(tx, principal, session_id)
+            mark_deleted(tx, session_id)
+
+        await self._store.write(work)
+        reached("delete.marked")
+        await self._scheduler.settle(session_id)
+
+    async def stop(self, principal: str, session_id: str) -> Session:
+        """Stop by hand: the running turn is interrupted, queued ones are cancelled, the process ends."""
+
+        def work(tx: abc.Transaction) -> None:
+            session = _session(tx, principal, session_id)
+            if session.status is SessionStatus.STOPPED:
+                return
+            live = tx.turns.live(session_id)
+            if live is not None:
+                transitions.complete_turn(tx, session, live, TurnStatus.INTERRUPTED, stop_reason=StopReason.INTERRUPTED)
+            for turn in tx.turns.queued(session_id):
+                transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
+            sandbox = tx.sandboxes.current(session_id)
+            if sandbox is not None:
+                tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)
+            reason = StopReason.INTERRUPTED if live is not None else session.stop_reason
+            transitions.set_status(tx, session, SessionStatus.STOPPED, stop_reason=reason)
+
+        await self._store.write(work)
+        await self._scheduler.settle(session_id)
+        return await self.get(principal, session_id)
+
+    async def resume(self, principal: str, session_id: str) -> Session:
+        """Take a stopped or failed session up again; one that is neither stays as it is."""
+
+        def work(tx: abc.Transaction) -> None:
+            session = _session(tx, principal, session_id)
+            if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
+                transitions.set_status(tx, session, SessionStatus.IDLE, **transitions.touch(session, utc_now()))
+
+        await self._store.write(work)
+        self._scheduler.poke(session_id)
+        return await self.get(principal, session_id)
+
+    async def interrupt(self, principal: str, session_id: str, turn_id: str | None = None) -> Turn:
+        """Ask for the end of the turn at work (or, while none is, of the first that waits).
+
+        Raises:
+            NothingToInterrupt: there is no such turn.
+        """
+
+        def work(tx: abc.Transaction) -> Turn:
+            session = _session(tx, principal, session_id)
+            live = tx.turns.live(session_id)
+            if live is not None and turn_id in (None, live.id):
+                return tx.turns.update(live.id, interrupt_reason=live.interrupt_reason or StopReason.INTERRUPTED)
+            for turn in tx.turns.queued(session_id) if turn_id is not None or live is None else ():
+                if turn_id in (None, turn.id):
+                    return transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
+            raise NothingToInterrupt
+
+        turn = await self._store.write(work)
+        self._scheduler.poke(session_id)
+        return turn
+
+    async def fork(self, principal: str, session_id: str, turn_id: str | None, mark: Mark | None = None) -> Session:
+        """A new session that goes on from the end of a turn (the last ended one), with a copy of the files as they are.
+
+        Raises:
+            TurnNotFinished: the turn has not ended.
+        """
+
+        def prepare(tx: abc.Transaction) -> tuple[Session, Turn | None]:
+            session = _session(tx, principal, session_id)
+            return session, _fork_point(tx, session_id, turn_id)
+
+        source, turn = await self._store.read(prepare)
+        target = await self._store.write(lambda tx: tx.sessions.next_number())
+        new = new_id()
+        await self.run_blocking(self.folders.copy, (source.id, source.number), (new, target))
+
+        def work(tx: abc.Transaction) -> Session:
+            now = utc_now()
+            current = _session(tx, principal, session_id)
+            agent_session_id = str(uuid.uuid4()) if current.agent_session_id and turn is not None else None
+            session = Session(
+                id=new,
+                number=target,
+                owner=principal,
+                status=SessionStatus.IDLE,
+                title=current.title,
+                spec=current.spec,
+                workspace=current.workspace,
+                metadata=current.metadata,
+                forked_from=session_id,
+                agent_session_id=agent_session_id,
+                cost_usd=0.0,
+                ttl_seconds=current.ttl_seconds,
+                created_at=now,
+                last_active_at=now,
+            )
+            tx.sessions.add(session.model_copy(update=transitions.touch(session, now)))
+            if agent_session_id is not None and current.agent_session_id is not None and turn is not None:
+                tx.transcripts.copy(
+                    session_id, new, up_to_turn=turn.id, replace=(current.agent_session_id, agent_session_id)
+                )
+            transitions.emit(
+                tx,
+                new,
+                SessionCreated(
+                    title=session.title, forked_from=session_id, forked_at_turn=turn.id if turn is not None else None
+                ),
+            )
+            _note(tx, mark, new)
+            return _session(tx, principal, new)
+
+        try:
+            return await self._store.write(work)
+        except BaseException:
+            await self.run_blocking(self.folders.remove, new)
+            raise
+
+    async def export(self, principal: str, session_id: str) -> AsyncIterator[bytes]:
+        """Everything of the session as lines of JSON: the session, its turns, its events, its transcript."""
+        session = await self.get(principal, session_id)
+        return self._export(session)
+
+    async def _export(self, session: Session) -> AsyncIterator[bytes]:
+        yield to_json({"kind": "session", "session": session}) + b"\n"
+        cursor: str | None = None
+        while True:
+            turns = await self._store.read(
+                lambda tx, c=cursor: tx.turns.page(session.id, cursor=c, limit=_PAGE)  # type: ignore[misc]
+            )
+            for turn in turns.items:
+                yield to_json({"kind": "turn", "turn": turn}) + b"\n"
+            cursor = turns.next_cursor
+            if cursor is None:
+                break
+        async for events in self._pages(session.id):
+            for event in events:
+                yield b'{"kind":"event","event":' + event.json() + b"}\n"
+        for subpath in await self._store.read(lambda tx: list(tx.transcripts.subpaths(session.id))):
+            after = 0
+            while lines := await self._store.read(
+                lambda tx, s=subpath, a=after: tx.transcripts.page(session.id, s, after=a, limit=_PAGE)  # type: ignore[misc]
+            ):
+                after = lines[-1][0]
+                for _, line in lines:
+                    yield to_json({"kind": "transcript", "subpath": subpath, "line": line}) + b"\n"
+
+    # ---------------------------------------------------------------------------------------------------------- turns
+
+    async def create_turn(
+        self, principal: str, session_id: str, body: CreateTurn, mark: Mark | None = None
+    ) -> tuple[Turn, int]:
+        """Queue a prompt. Answers the turn, and the `seq` of the event before its first one.
+
+        Raises:
+            SessionStopped: the session is stopped.
+            SessionFailed: the session could not be started.
+            QueueFull: too many turns wait already.
+            Draining: the server is shutting down.
+        """
+        if self._owner.draining:
+            raise Draining
+
+        def work(tx: abc.Transaction) -> tuple[Turn, int]:
+            session = _session(tx, principal, session_id)
+            return self._queue(tx, session, body, mark)
+
+        queued = await self._store.write(work)
+        reached("turn.stored")
+        self._scheduler.poke(session_id)
+        return queued
+
+    def _queue(self, tx: abc.Transaction, session: Session, body: CreateTurn, mark: Mark | None) -> tuple[Turn, int]:
+        if session.status is SessionStatus.STOPPED:
+            raise SessionStopped
+        if session.status is SessionStatus.FAILED:
+            raise SessionFailed
+        waiting = tx.turns.queued(session.id)
+        if len(waiting) >= self._options.max_queued_turns:
+            raise QueueFull(self._options.max_queued_turns)
+        now = utc_now()
+        seconds = body.queue_timeout_seconds
+        turn = Turn(
+            id=new_id(),
+            session_id=session.id,
+            number=tx.turns.next_number(session.id),
+            status=TurnStatus.QUEUED,
+            content=body.blocks(),
+            options=body.options().model_dump(mode="json", exclude_none=True),
+            cost_usd=None,
+            created_at=now,
+            expires_at=None if seconds is None else now + timedelta(seconds=seconds),
+        )
+        tx.turns.add(turn)
+        ahead = len(waiting) + (1 if tx.turns.live(session.id) is not None else 0)
+        transitions.emit(tx, session.id, TurnQueued(number=turn.number, ahead=ahead), turn_id=turn.id)
+        tx.sessions.update(session.id, turn_count=session.turn_count + 1, **transitions.touch(session, now))
+        _note(tx, mark, turn.id)
+        return turn, session.last_seq
+
+    async def turn(self, principal: str, session_id: str, turn_id: str) -> Turn:
+        """The turn. Raises TurnNotFound."""
+        return await self._store.read(lambda tx: _turn(tx, principal, session_id, turn_id))
+
+    async def turns(self, principal: str, session_id: str, *, cursor: str | None, limit: int) -> abc.Page[Turn]:
+        """The session's turns, newest first. Raises InvalidCursor."""
+
+        def work(tx: abc.Transaction) -> abc.Page[Turn]:
+            _session(tx, principal, session_id)
+            return tx.turns.page(session_id, cursor=cursor, limit=limit)
+
+        return await self._store.read(work)
+
+    async def cancel_turn(self, principal: str, session_id: str, turn_id: str) -> Turn:
+        """Take a queued turn back. Raises TurnNotCancellable once it runs or has ended."""
+
+        def work(tx: abc.Transaction) -> Turn:
+            turn = _turn(tx, principal, session_id, turn_id)
+            if turn.status is not TurnStatus.QUEUED:
+                raise TurnNotCancellable
+            session = _session(tx, principal, session_id)
+            return transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
+
+        return await self._store.write(work)
+
+    async def wait_for_turn(self, principal: str, session_id: str, turn_id: str, *, after: int) -> TurnResult:
+        """Wait until the turn has ended, and answer its result. `after`: a `seq` before its first event."""
+        async for _ in self.streams.follow(session_id, after=after, until_turn=turn_id):
+            pass
+        return await self.result(principal, session_id, turn_id)
+
+    async def result(self, principal: str, session_id: str, turn_id: str) -> TurnResult:
+        """What a turn has come to."""
+        turn = await self.turn(principal, session_id, turn_id)
+        events = [event async for page in self._pages(session_id, turn_id) for event in page]
+        return result_of(turn, events)
+
+    async def events(self, principal: str, session_id: str, *, after: int, limit: int) -> list[StoredEvent]:
+        """Stored events with a higher `seq` than `after`."""
+
+        def work(tx: abc.Transaction) -> list[StoredEvent]:
+            _session(tx, principal, session_id)
+            return tx.events.page(session_id, after=after, limit=limit)
+
+        return await self._store.read(work)
+
+    async def _pages(self, session_id: str, turn_id: str | None = None) -> AsyncIterator[list[StoredEvent]]:
+        after = 0
+        while page := await self._store.read(
+            lambda tx, a=after: tx.events.page(session_id, after=a, limit=_PAGE, turn_id=turn_id)  # type: ignore[misc]
+        ):
+            after = page[-1].seq
+            yield page
+
+    def poke(self, session_id: str) -> None:
+        """Have the session looked at soon."""
+        self._scheduler.poke(session_id)
+
+    async def settle(self, session_id: str) -> None:
+        """Have the session looked at, and wait for that."""
+        await self._scheduler.settle(session_id)
+
+    def _check_mode(self, mode: PermissionMode | None) -> None:
+        if mode is PermissionMode.BYPASS and not self._options.allow_bypass:
+            raise Forbidden(
+                "bypassPermissions is refused where sandboxes are not isolated. Use another permission_mode, or have "
+                "the operator choose an isolation, or set allow_bypass_without_isolation."
+            )
+
+
+# --------------------------------------------------------------------------------------------------- the transactions
+
+
+def _session(tx: abc.Transaction, principal: str, session_id: str) -> Session:
+    session = tx.sessions.get(session_id)
+    if session is None or session.owner != principal:
+        raise SessionNotFound
+    return session
+
+
+def _turn(tx: abc.Transaction, principal: str, session_id: str, turn_id: str) -> Turn:
+    _session(tx, principal, session_id)
+    turn = tx.turns.get(turn_id)
+    if turn is None or turn.session_id != session_id:
+        raise TurnNotFound
+    return turn
+
+
+def _new_session(tx: abc.Transaction, principal: str, spec: SessionSpec, body: CreateSession, now: Any) -> Session:
+    session = Session(
+        id=new_id(),
+        number=tx.sessions.next_number(),
+        owner=principal,
+        status=SessionStatus.IDLE,
+        title=body.title,
+        spec=spec.model_dump(mode="json", exclude_none=True),
+        workspace=body.workspace or Workspace(),
+        metadata=body.metadata or {},
+        cost_usd=0.0,
+        ttl_seconds=body.ttl_seconds,
+        created_at=now,
+        last_active_at=now,
+    )
+    return session.model_copy(update=transitions.touch(session, now))
+
+
+def _fork_point(tx: abc.Transaction, session_id: str, turn_id: str | None) -> Turn | None:
+    if turn_id is not None:
+        turn = tx.turns.get(turn_id)
+        if turn is None or turn.session_id != session_id:
+            raise TurnNotFound
+        if not turn.status.ended:
+            raise TurnNotFinished
+        return turn
+    for turn in tx.turns.page(session_id, cursor=None, limit=1000).items:
+        if turn.status.ended and turn.started_at is not None:
+            return turn
+    return None
+
+
+def _note(tx: abc.Transaction, mark: Mark | None, object_id: str) -> None:
+    if mark is not None:
+        tx.idempotency.update(mark.principal, mark.key, object_id=object_id)

@@ -1,0 +1,146 @@
+"""Following a session: first what is stored, then what happens, with nothing missed and nothing twice.
+
+The bus is a hint and the store the truth: an event whose `seq` is not the next one sends the reader to the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from carrel import abc
+from carrel.protocol.events import Delta, DeltaKind, StoredEvent
+from carrel.sessions.live import BlockKey, Live
+
+_PAGE_EVENTS = 500
+_PAGE_BYTES = 1024 * 1024
+DEFAULT_BUFFER_BYTES = 4 * 1024 * 1024
+
+
+class Streams:
+    """Follows sessions for any number of viewers."""
+
+    def __init__(
+        self, store: abc.Store, bus: abc.EventBus, live: Live, *, buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    ) -> None:
+        """Make it over a store and a bus.
+
+        Args:
+            store: where the log is.
+            bus: what tells of new frames.
+            live: the blocks that are being made.
+            buffer_bytes: how much waits for a viewer that does not read, before it is sent back to the store.
+        """
+        self._store = store
+        self._bus = bus
+        self._live = live
+        self._buffer_bytes = buffer_bytes
+
+    async def follow(
+        self,
+        session_id: str,
+        *,
+        after: int,
+        deltas: bool = False,
+        until_turn: str | None = None,
+        heartbeat_seconds: float = 15.0,
+    ) -> AsyncIterator[list[abc.Frame]]:
+        """Yield every event with a higher `seq` than `after`, and what comes, in batches.
+
+        An empty batch says that nothing has happened for `heartbeat_seconds`. Ends with the session, or with the end
+        of `until_turn`, whose frames alone are then yielded.
+        """
+        viewer = _Viewer(session_id, after, deltas, until_turn, self._live)
+        async with self._bus.subscribe(session_id, max_bytes=self._buffer_bytes) as subscription:
+            while not viewer.over:
+                async for batch in self._catch_up(viewer):
+                    yield batch
+                if viewer.over:
+                    return
+                if deltas and (open_ := viewer.take(self._live.so_far(session_id))):
+                    yield open_
+                viewer.behind = False
+                while not viewer.behind and not viewer.over:
+                    frames = await subscription.get(heartbeat_seconds)
+                    if frames is None:
+                        break
+                    batch = viewer.take(frames)
+                    if batch or not frames:
+                        yield batch
+
+    async def _catch_up(self, viewer: _Viewer) -> AsyncIterator[list[abc.Frame]]:
+        while True:
+            after = viewer.seq
+            stored, there = await self._store.read(
+                lambda tx, after=after: (  # type: ignore[misc]
+                    tx.events.page(viewer.session_id, after=after, limit=_PAGE_EVENTS, max_bytes=_PAGE_BYTES),
+                    tx.sessions.get(viewer.session_id) is not None,
+                )
+            )
+            if not stored:
+                viewer.over = viewer.over or not there
+                return
+            if batch := viewer.take(stored):
+                yield batch
+            if viewer.over:
+                return
+
+
+class _Viewer:
+    """What one viewer has seen."""
+
+    def __init__(self, session_id: str, after: int, deltas: bool, until_turn: str | None, live: Live) -> None:
+        self.session_id = session_id
+        self.seq = after
+        self.behind = False
+        self.over = False
+        self._deltas = deltas
+        self._turn = until_turn
+        self._live = live
+        self._lengths: dict[BlockKey, int] = {}
+
+    def take(self, frames: list[StoredEvent] | list[Delta] | list[abc.Frame]) -> list[abc.Frame]:
+        """The frames this viewer has not seen, in order; stops at a gap."""
+        out: list[abc.Frame] = []
+        for frame in frames:
+            if isinstance(frame, Delta):
+                if self._deltas and (piece := self._piece(frame)) is not None:
+                    out.append(piece)
+                continue
+            if frame.seq <= self.seq:
+                continue
+            if frame.seq > self.seq + 1:
+                self.behind = True
+                return out
+            self.seq = frame.seq
+            if self._turn is None or frame.turn_id == self._turn:
+                out.append(frame)
+            if self._ends(frame):
+                self.over = True
+                return out
+        return out
+
+    def _ends(self, event: StoredEvent) -> bool:
+        if event.type == "session.deleted":
+            return True
+        if event.type != "turn.completed":
+            return False
+        self._lengths.clear()
+        return event.turn_id is not None and event.turn_id == self._turn
+
+    def _piece(self, delta: Delta) -> Delta | None:
+        if self._turn is not None and delta.turn_id != self._turn:
+            return None
+        if delta.kind == DeltaKind.RESET:
+            for key in [k for k in self._lengths if k[:2] == (delta.parent_tool_use_id, delta.message_id)]:
+                del self._lengths[key]
+            return delta
+        key = (delta.parent_tool_use_id, delta.message_id, delta.block)
+        seen = self._lengths.get(key, 0)
+        if delta.offset != seen:
+            # Either told twice (joining), or some were lost on the way: go on from what was seen.
+            missing = self._live.since(self.session_id, key, seen)
+            if delta.offset < seen or missing is None:
+                return None
+            delta = missing
+        self._lengths[key] = delta.offset + len(delta.text)
+        return delta

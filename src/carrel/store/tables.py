@@ -1,0 +1,187 @@
+"""The tables. A change here needs a migration in `migrations/versions`; a test holds the two together."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+
+class Moment(sa.types.TypeDecorator[datetime]):
+    """A time in UTC. SQLite keeps no zone, so it is taken off on the way in and put back on the way out."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse a time without a zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Put the zone back."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _id(name: str = "id", **options: Any) -> sa.Column[str]:
+    return sa.Column(name, sa.String(36), **options)
+
+
+def _of_session(**options: Any) -> sa.Column[str]:
+    return sa.Column("session_id", sa.String(36), sa.ForeignKey("sessions.id", ondelete="CASCADE"), **options)
+
+
+counters = sa.Table(
+    "counters",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("owner", sa.String(128), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("stop_reason", sa.String(32)),
+    sa.Column("title", sa.Text),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("workspace", sa.JSON, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("forked_from", sa.String(36)),
+    sa.Column("agent_session_id", sa.String(64)),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("last_seq", sa.BigInteger, nullable=False),
+    sa.Column("turn_count", sa.Integer, nullable=False),
+    sa.Column("usage", sa.JSON, nullable=False),
+    sa.Column("cost_usd", sa.Float),
+    sa.Column("error", sa.JSON),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("last_active_at", Moment, nullable=False),
+    sa.Column("expires_at", Moment),
+    sa.Column("ttl_seconds", sa.Integer),
+    sa.Column("deleting", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Index("ix_sessions_owner_number", "owner", "number"),
+    sa.Index("ix_sessions_status_number", "status", "number"),
+    sa.Index("ix_sessions_expires_at", "expires_at"),
+)
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    _id(primary_key=True),
+    _of_session(nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("origin", sa.String(16), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("stop_reason", sa.String(32)),
+    sa.Column("content", sa.JSON),
+    sa.Column("options", sa.JSON, nullable=False),
+    sa.Column("error", sa.JSON),
+    sa.Column("structured_output", sa.JSON),
+    sa.Column("usage", sa.JSON, nullable=False),
+    sa.Column("cost_usd", sa.Float),
+    sa.Column("num_turns", sa.Integer, nullable=False),
+    sa.Column("duration_ms", sa.BigInteger),
+    sa.Column("sandbox_id", sa.String(36)),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("started_at", Moment),
+    sa.Column("ended_at", Moment),
+    sa.Column("expires_at", Moment),
+    sa.Column("deadline_at", Moment),
+    sa.Column("interrupt_reason", sa.String(32)),
+    sa.UniqueConstraint("session_id", "number"),
+    sa.Index("ix_turns_status_session_id", "status", "session_id"),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    _of_session(primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    sa.Column("turn_id", sa.String(36)),
+    sa.Column("type", sa.String(64), nullable=False),
+    sa.Column("at", Moment, nullable=False),
+    sa.Column("data", sa.Text, nullable=False),
+    sa.Index("ix_events_turn_id", "turn_id"),
+)
+
+transcript_entries = sa.Table(
+    "transcript_entries",
+    metadata,
+    _of_session(primary_key=True),
+    sa.Column("subpath", sa.String(512), primary_key=True),
+    sa.Column("n", sa.BigInteger, primary_key=True),
+    sa.Column("uuid", sa.String(64)),
+    sa.Column("turn_id", sa.String(36)),
+    sa.Column("line", sa.Text, nullable=False),
+    sa.UniqueConstraint("session_id", "subpath", "uuid"),
+)
+
+sandboxes = sa.Table(
+    "sandboxes",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("session_id", sa.String(36), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("runtime", sa.String(32), nullable=False),
+    sa.Column("state", sa.JSON, nullable=False),
+    sa.Column("acked", sa.BigInteger, nullable=False),
+    sa.Column("link_token_hash", sa.String(64), nullable=False),
+    sa.Column("agent_token_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("ended_at", Moment),
+    sa.Index("ix_sandboxes_session_id_generation", "session_id", "generation"),
+    sa.Index("ix_sandboxes_status", "status"),
+)
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    _id(primary_key=True),
+    _of_session(nullable=False),
+    sa.Column("turn_id", sa.String(36)),
+    sa.Column("model", sa.String(200), nullable=False),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cache_creation_input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cache_read_input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cost_usd", sa.Float),
+    sa.Column("at", Moment, nullable=False),
+    sa.Index("ix_usage_turn_id", "turn_id"),
+    sa.Index("ix_usage_session_id_at", "session_id", "at"),
+)
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("principal", sa.String(128), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("boot_id", sa.String(36), nullable=False),
+    sa.Column("object_id", sa.String(36)),
+    sa.Column("status", sa.Integer),
+    sa.Column("body", sa.Text),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index("ix_idempotency_created_at", "created_at"),
+)

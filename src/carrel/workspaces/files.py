@@ -1,0 +1,736 @@
+"""Safe access to the files of one workspace.
+
+The gateway may be root, and the agent that writes in the workspace is not trusted and does not stand still. So
+every path is walked one component at a time from the workspace's root, each directory opened relative to the one
+before with `O_NOFOLLOW`: a symbolic link is shown, copied and removed as a link, and never followed. Nothing is
+checked by name and then used by name where the difference could lead out; what counts is what was opened.
+
+The workspace's root, and every folder above it, must be out of the agent's reach (inside its sandbox the root is a
+mount, which cannot be renamed).
+
+**Spelling of paths.** Relative, components joined by `/`, no `.`, `..` or empty component. Linux file names are
+bytes: a name that is valid UTF-8 is spelled as it is, and any other byte as `\\xHH` with upper-case digits
+(`caf\\xE9`). Where a name holds such a sequence literally, its backslash is spelled `\\x5C`; every other backslash
+stands for itself. So each file has exactly one spelling, and another one for the same bytes is refused.
+"""
+
+import contextlib
+import errno
+import heapq
+import os
+import re
+import secrets
+import stat
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+from carrel import errors
+
+__all__ = ["MAX_NAME_BYTES", "MAX_PATH_BYTES", "MAX_PATH_DEPTH", "FileEntry", "FileType", "WorkspaceFiles"]
+
+FileType = Literal["file", "directory", "symlink", "other"]
+Owner = tuple[int, int]
+
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 4096
+MAX_PATH_DEPTH = 128
+
+_COPY_BYTES = 1 << 20
+_OPEN_ATTEMPTS = 8
+_EMPTYING_ATTEMPTS = 100
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO without a writer, or a lease the agent holds on its file, must not hold up our thread.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_A_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
+# What an agent can bring about for one entry. Anything else (too many open files, a broken disk) is no reason to
+# leave an entry out.
+_AGENTS_DOING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EAGAIN, *_NOT_A_DIRECTORY)
+
+_ESCAPE = re.compile(r"\\x(5C|[89A-F][0-9A-F])")
+_NEEDS_ESCAPE = re.compile(r"\\(?=x(?:5C|[89A-F][0-9A-F]))|[\udc80-\udcff]")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What is known of one entry of a workspace; `size` is that of a file's content and 0 for everything else."""
+
+    path: str
+    type: FileType
+    size: int
+    modified_at: datetime
+    mode: int
+
+
+class WorkspaceFiles:
+    """The files under one root directory. Holds nothing open between calls, and may be used by several threads.
+
+    `owner` is the user and group that new files and directories are given where this process is root; elsewhere it
+    is ignored. Every path is spelled as the module's docstring says. Every method raises `InvalidPath` for a path
+    that cannot be one, `FileNotFound` for one that leads nowhere, and `PathConflict` where a symbolic link is on the
+    way, permission is missing, or the agent changes things faster than they can be used. An `OSError` that is about
+    the disk (full, over quota, broken) is passed on as it is.
+    """
+
+    def __init__(self, root: Path, *, owner: Owner | None = None) -> None:
+        self._root = root
+        self._owner = owner
+
+    def tree(self, path: str = "", *, limit: int, after: str | None = None, recursive: bool = True) -> list[FileEntry]:
+        """Lists what is under the directory `path` (itself excluded), sorted by path as strings compare.
+
+        At most `limit` entries are given, beginning behind the path `after`, which need no longer exist. Symbolic
+        links are listed and not followed. Left out are the contents of directories that cannot be read, and what
+        lies too deep for a path to name. What the agent changes meanwhile may or may not show; the temporary file
+        (`.carrel-*.tmp`) of a `write` under way does.
+
+        Raises `PathConflict` where `path` is not a directory.
+        """
+        names = _parse(path)
+        entries: list[FileEntry] = []
+        if limit <= 0:
+            return entries
+        with self._opened(names, path) as directory, _translated(path), _Cursor(directory) as cursor:
+            levels = [_Level("".join(_spell(name) + "/" for name in names), len(names))]
+            levels[-1].read(cursor.fd, after, limit, recursive)
+            while levels and len(entries) < limit:
+                level = levels[-1]
+                step = next(level.steps, None)
+                if step is None:
+                    levels.pop()
+                    if levels:
+                        cursor.leave()
+                    continue
+                with _left_to_the_agent():
+                    if not step.descend:
+                        entries.append(_entry(level.prefix + step.key, _lstat(step.name, cursor.fd)))
+                        continue
+                    cursor.enter(step.name)
+                    levels.append(_Level(level.prefix + step.key, level.depth + 1))
+                    levels[-1].read(cursor.fd, after, limit - len(entries), recursive)
+        return entries
+
+    def stat(self, path: str) -> FileEntry:
+        """Tells what `path` is, a symbolic link being itself; the empty path is the workspace's root."""
+        names = _parse(path)
+        with self._opened(names[:-1], path) as directory, _translated(path):
+            return _entry(path, _lstat(names[-1], directory) if names else os.fstat(directory))
+
+    def open_read(self, path: str) -> BinaryIO:
+        """Opens a regular file for reading; the caller closes it.
+
+        Its size is `os.fstat(file.fileno()).st_size`. The agent may still shorten or lengthen the file, so a reader
+        who promised that many bytes stops there and copes with fewer.
+
+        Raises `NotAFile` for anything but a regular file, which includes a symbolic link; and, where this process is
+        root, for a hard link to a file that is not the owner's, since its other name may be outside of the workspace.
+        """
+        names = _parse(path)
+        if not names:
+            raise errors.NotAFile(path)
+        with self._opened(names[:-1], path) as directory, _translated(path):
+            return os.fdopen(_open_regular(directory, names[-1], self._linkable_uid()), "rb")
+
+    def write(self, path: str, chunks: Iterable[bytes], *, max_bytes: int | None = None) -> FileEntry:
+        """Writes a file whole: readers see the old content or the new, never a part, whatever happens on the way.
+
+        Missing parents are made, and stay if the write fails. A regular file is replaced and its permission bits
+        are kept; a new one has 0644. What `chunks` raises is passed on and leaves the old content. The new content
+        is not forced to the disk, so a power cut may lose it.
+
+        Raises `InvalidPath` for a name with control characters or bytes that are not UTF-8, `PathConflict` where
+        something other than a regular file has the name, `FileTooLarge` where `chunks` is over `max_bytes`.
+        """
+        names = _parse_new(path)
+        with self._opened(names[:-1], path, create=True) as directory:
+            with _translated(path):
+                mode = _mode_of_replaced(directory, names[-1], path)
+                temporary = b".carrel-%s.tmp" % secrets.token_hex(8).encode()
+                # Ours alone until it is complete: the agent may remove it, but not change what is being written.
+                out = os.fdopen(os.open(temporary, _CREATE, 0o600, dir_fd=directory), "wb")
+            try:
+                with out:
+                    _pump(chunks, out, max_bytes)
+                    with _translated(path):
+                        _hand_over(out.fileno(), mode, self._owner)
+                        os.rename(temporary, names[-1], src_dir_fd=directory, dst_dir_fd=directory)
+                        return _entry(path, os.fstat(out.fileno()))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=directory)
+                raise
+
+    def delete(self, path: str) -> None:
+        """Removes a file, a symbolic link (never what it points to), or a directory with all that is in it.
+
+        Raises `InvalidPath` for the workspace's root, and `PathConflict` where a directory could not be emptied.
+        It may then be half empty; the call can be repeated.
+        """
+        names = _parse(path)
+        if not names:
+            raise errors.InvalidPath(path, "the workspace itself cannot be deleted as a file")
+        with self._opened(names[:-1], path) as directory, _translated(path):
+            if stat.S_ISDIR(_lstat(names[-1], directory).st_mode):
+                _remove_tree(directory, names[-1])
+            else:
+                os.unlink(names[-1], dir_fd=directory)
+
+    def copy_to(self, target: Path, *, owner: Owner | None = None, max_bytes: int | None = None) -> int:
+        """Copies the whole workspace to `target`, which must not exist and whose parent only we can write to.
+
+        Symbolic links are copied as they stand. Permission bits and times are kept, set-user-id and set-group-id
+        are dropped, holes stay holes, and names that are hard links of each other become files of their own.
+        Everything is given to `owner` (by default, that of this workspace). Sockets, FIFOs, devices, what cannot be
+        read and what `open_read` refuses is left out; a directory being changed is copied as it was come upon.
+
+        Returns how many entries were left out. Raises `PathConflict` where `target` exists, `FileTooLarge` where
+        there is more to copy than `max_bytes` of content; after any failure nothing is left at `target`.
+        """
+        with self._opened((), "") as source:
+            try:
+                os.mkdir(target, 0o700)
+            except FileExistsError:
+                raise errors.PathConflict("", "the place to copy to already exists") from None
+            parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                copy = os.open(target, _DIRECTORY)
+                try:
+                    with _translated(""), _Copy(source, copy, owner or self._owner, max_bytes) as under_way:
+                        return under_way.run(self._linkable_uid())
+                finally:
+                    os.close(copy)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    _remove_tree(parent, os.fsencode(target.name))
+                raise
+            finally:
+                os.close(parent)
+
+    @contextlib.contextmanager
+    def _opened(self, names: tuple[bytes, ...], path: str, *, create: bool = False) -> Iterator[int]:
+        with _translated(path):
+            fd = os.open(self._root, _DIRECTORY)
+        try:
+            for name in names:
+                with _translated(path):
+                    child = self._open_child(fd, name, path, create=create)
+                os.close(fd)
+                fd = child
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _open_child(self, directory: int, name: bytes, path: str, *, create: bool) -> int:
+        made = False
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=directory)
+                made = True
+        try:
+            child = os.open(name, _DIRECTORY, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in _NOT_A_DIRECTORY:
+                raise
+            if _is_link(name, directory):
+                raise errors.PathConflict(path, f"{_spell(name)} is a symbolic link, and none is followed") from None
+            raise errors.PathConflict(path, f"{_spell(name)} is not a directory") from None
+        # The agent may have put a directory of its own in the place of ours: that one keeps its owner and mode.
+        if made and os.fstat(child).st_uid == os.geteuid():
+            try:
+                _hand_over(child, 0o755, self._owner)
+            except BaseException:
+                os.close(child)
+                raise
+        return child
+
+    def _linkable_uid(self) -> int | None:
+        """Whose files may have other names, or None for everyone's."""
+        return self._owner[0] if self._owner and os.geteuid() == 0 else None
+
+
+class _RefusedError(Exception):
+    """The entry is not a regular file that may be read."""
+
+
+class _Cursor:
+    """A directory held open that moves down by name and up by `..`, with two descriptors however deep it is.
+
+    Going up arrives where it came from or fails: it compares what it opened with what it had left. Trees as deep as
+    an agent can make them need neither recursion nor a descriptor for each level.
+    """
+
+    def __init__(self, directory: int) -> None:
+        self._base = os.dup(directory)
+        try:
+            self.fd = os.dup(directory)
+        except BaseException:
+            os.close(self._base)
+            raise
+        self._way: list[tuple[tuple[int, int], bytes]] = []
+
+    def __enter__(self) -> "_Cursor":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self.fd)
+        os.close(self._base)
+
+    def enter(self, name: bytes) -> None:
+        """Goes into a subdirectory; on an `OSError` it stays where it is."""
+        child = os.open(name, _DIRECTORY, dir_fd=self.fd)
+        self._way.append((_identity(os.fstat(self.fd)), name))
+        os.close(self.fd)
+        self.fd = child
+
+    def leave(self) -> None:
+        """Goes back up; raises `OSError` where the directory it came from is nowhere to be found."""
+        left, _ = self._way.pop()
+        try:
+            parent = os.open("..", _DIRECTORY, dir_fd=self.fd)
+        except OSError:  # a directory without the x bit can be read, but not left
+            parent = self._descend_again()
+        if _identity(os.fstat(parent)) != left:  # the agent moved the directory we are in
+            os.close(parent)
+            parent = self._descend_again()
+        if _identity(os.fstat(parent)) != left:
+            os.close(parent)
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        os.close(self.fd)
+        self.fd = parent
+
+    def _descend_again(self) -> int:
+        fd = os.dup(self._base)
+        for _, name in self._way:
+            try:
+                child = os.open(name, _DIRECTORY, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+
+class _Copy:
+    """One copy of a tree, which nobody else can reach before it is complete."""
+
+    def __init__(self, source: int, target: int, owner: Owner | None, max_bytes: int | None) -> None:
+        self._owner = owner
+        self._max_bytes = max_bytes
+        self._linkable_uid: int | None = None
+        self._copied = 0
+        self._left_out = 0
+        with contextlib.ExitStack() as stack:
+            self._source = stack.enter_context(_Cursor(source))
+            self._target = stack.enter_context(_Cursor(target))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "_Copy":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def run(self, linkable_uid: int | None) -> int:
+        """Copies everything and returns how many entries were left out."""
+        self._linkable_uid = linkable_uid
+        levels = [(os.fstat(self._source.fd), self._copy_level())]
+        while levels:
+            was, directories = levels[-1]
+            if directories:
+                if self._descend(directories.pop()):
+                    levels.append((os.fstat(self._source.fd), self._copy_level()))
+                continue
+            levels.pop()
+            done = os.dup(self._target.fd)
+            try:
+                if levels:
+                    self._source.leave()
+                    self._target.leave()
+                # Last, and from outside: its own bits may forbid us to write in it or to leave it.
+                self._finish(done, was)
+            finally:
+                os.close(done)
+        return self._left_out
+
+    def _descend(self, name: bytes) -> bool:
+        try:
+            self._source.enter(name)
+        except OSError as error:
+            self._leave_out(error)
+            return False
+        os.mkdir(name, 0o700, dir_fd=self._target.fd)
+        self._target.enter(name)
+        return True
+
+    def _leave_out(self, error: Exception, *also: int) -> None:
+        if isinstance(error, OSError) and error.errno not in (*_AGENTS_DOING, *also):
+            raise error
+        self._left_out += 1
+
+    def _copy_level(self) -> list[bytes]:
+        """Copies all but the subdirectories of where we are, and returns those."""
+        directories = []
+        for name, is_directory in _scan(self._source.fd):
+            if is_directory:
+                directories.append(name)
+            elif _is_link(name, self._source.fd):
+                self._copy_link(name)
+            else:
+                self._copy_file(name)
+        return directories
+
+    def _copy_link(self, name: bytes) -> None:
+        try:
+            was = _lstat(name, self._source.fd)
+            points_to = os.readlink(name, dir_fd=self._source.fd)
+        except OSError as error:
+            self._leave_out(error, errno.EINVAL)  # no link any more
+            return
+        os.symlink(points_to, name, dir_fd=self._target.fd)
+        if self._owner and os.geteuid() == 0:
+            os.chown(name, *self._owner, dir_fd=self._target.fd, follow_symlinks=False)
+        times = (was.st_atime_ns, was.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=self._target.fd, follow_symlinks=False)
+
+    def _copy_file(self, name: bytes) -> None:
+        try:
+            source = _open_regular(self._source.fd, name, self._linkable_uid)
+        except (OSError, _RefusedError) as error:
+            self._leave_out(error)
+            return
+        try:
+            target = os.open(name, _CREATE, 0o600, dir_fd=self._target.fd)
+            try:
+                was = os.fstat(source)
+                self._copy_content(source, target, was.st_size)
+                self._finish(target, was)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+    def _copy_content(self, source: int, target: int, size: int) -> None:
+        # A file of 8 EiB without content is one system call for the agent: copied byte by byte it would fill the disk.
+        position = 0
+        while position < size:
+            try:
+                position = os.lseek(source, position, os.SEEK_DATA)
+                end = min(os.lseek(source, position, os.SEEK_HOLE), size)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break
+            while position < end:
+                data = os.pread(source, min(_COPY_BYTES, end - position), position)
+                if not data:
+                    return
+                self._copied += len(data)
+                if self._max_bytes is not None and self._copied > self._max_bytes:
+                    raise errors.FileTooLarge(max_bytes=self._max_bytes)
+                while data:
+                    written = os.pwrite(target, data, position)
+                    position += written
+                    data = data[written:]
+        os.ftruncate(target, size)
+
+    def _finish(self, fd: int, was: os.stat_result) -> None:
+        _hand_over(fd, was.st_mode & 0o1777, self._owner)
+        os.utime(fd, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+class _Step(NamedTuple):
+    """Of a listing: an entry to give, or (its key then ends in `/`) a directory to list at that place."""
+
+    key: str
+    name: bytes
+    descend: bool
+
+
+class _Level:
+    """A directory being listed: the first steps behind `after`, as many as `limit` entries can take.
+
+    The rest costs no memory, for a directory has as many entries as the agent likes. The content of `a` sorts as
+    `a/`, behind `a-b`, so a directory is two steps. Only of a name that `after` begins with can the first step be
+    missing, and there are no more of those than a name has characters, four for each byte at most.
+    """
+
+    def __init__(self, prefix: str, depth: int) -> None:
+        self.prefix = prefix
+        self.depth = depth
+        self.steps: Iterator[_Step] = iter(())
+
+    def read(self, directory: int, after: str | None, limit: int, recursive: bool) -> None:
+        steps = self._scan(directory, after, recursive)
+        self.steps = iter(heapq.nsmallest(2 * limit + 4 * MAX_NAME_BYTES, steps))
+
+    def _scan(self, directory: int, after: str | None, recursive: bool) -> Iterator[_Step]:
+        if self.depth >= MAX_PATH_DEPTH:
+            return
+        room = MAX_PATH_BYTES - len(_ESCAPE.sub(".", self.prefix).encode())
+        for name, is_directory in _scan(directory):
+            if len(name) > room:
+                continue
+            key = _spell(name)
+            path = self.prefix + key
+            if after is None or path > after:
+                yield _Step(key, name, False)
+            inside = path + "/"
+            if is_directory and recursive and (after is None or inside > after or after.startswith(inside)):
+                yield _Step(key + "/", name, True)
+
+
+def _scan(directory: int) -> Iterator[tuple[bytes, bool]]:
+    """The names in an open directory, and whether each was itself a directory (not a link to one)."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            is_directory = False
+            with _left_to_the_agent():  # file systems that do not tell the type with the name have it looked up
+                is_directory = entry.is_dir(follow_symlinks=False)
+            yield os.fsencode(entry.name), is_directory
+
+
+def _remove_tree(parent: int, name: bytes) -> None:
+    with _Cursor(parent) as cursor:
+        attempts = _EMPTYING_ATTEMPTS
+        levels = [[name]]
+        while True:
+            if levels[-1]:
+                if _enter_to_empty(cursor, levels[-1][-1]):
+                    levels.append(_remove_files(cursor.fd))
+                else:
+                    levels[-1].pop()
+                continue
+            levels.pop()
+            if not levels:
+                return
+            cursor.leave()
+            try:
+                os.rmdir(levels[-1][-1], dir_fd=cursor.fd)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and attempts:
+                    attempts -= 1
+                    continue
+                if error.errno != errno.ENOENT:
+                    raise
+            levels[-1].pop()
+
+
+def _enter_to_empty(cursor: _Cursor, name: bytes) -> bool:
+    try:
+        cursor.enter(name)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_A_DIRECTORY:
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=cursor.fd)
+        return False
+    # Tools make read-only directories (Go's module cache is one); where they are ours, that is no reason to fail.
+    was = os.fstat(cursor.fd)
+    if was.st_uid == os.geteuid() and was.st_mode & 0o700 != 0o700:
+        os.fchmod(cursor.fd, 0o700)
+    return True
+
+
+def _remove_files(directory: int) -> list[bytes]:
+    """Removes all but the subdirectories of a directory, and returns those."""
+    directories = []
+    for name, is_directory in _scan(directory):
+        if is_directory:
+            directories.append(name)
+            continue
+        try:
+            os.unlink(name, dir_fd=directory)
+        except FileNotFoundError:
+            continue
+        except IsADirectoryError:
+            directories.append(name)
+    return directories
+
+
+def _open_regular(directory: int, name: bytes, linkable_uid: int | None) -> int:
+    """Opens a regular file, or raises `OSError` or `_RefusedError`.
+
+    The file is looked at before it is opened, since opening a device can do something; and what was opened must be
+    what was looked at: else the agent could hide a hard link's count by removing the link just after we opened it.
+    """
+    for _ in range(_OPEN_ATTEMPTS):
+        seen = _lstat(name, directory)
+        if not stat.S_ISREG(seen.st_mode):
+            raise _RefusedError
+        if linkable_uid is not None and seen.st_nlink > 1 and seen.st_uid != linkable_uid:
+            raise _RefusedError
+        try:
+            fd = os.open(name, _READ, dir_fd=directory)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # swapped for a link or a socket: look again
+                continue
+            raise
+        if _identity(os.fstat(fd)) == _identity(seen):
+            return fd
+        os.close(fd)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _mode_of_replaced(directory: int, name: bytes, path: str) -> int:
+    try:
+        replaced = _lstat(name, directory)
+    except FileNotFoundError:
+        return 0o644
+    if not stat.S_ISREG(replaced.st_mode):
+        raise errors.PathConflict(path, f"there is a {_type_of(replaced.st_mode)} of that name")
+    return replaced.st_mode & 0o777
+
+
+def _pump(chunks: Iterable[bytes], out: BinaryIO, max_bytes: int | None) -> None:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if max_bytes is not None and size > max_bytes:
+            raise errors.FileTooLarge(max_bytes=max_bytes)
+        out.write(chunk)
+    out.flush()
+
+
+def _hand_over(fd: int, mode: int, owner: Owner | None) -> None:
+    if owner and os.geteuid() == 0:
+        os.fchown(fd, *owner)
+    os.fchmod(fd, mode)
+
+
+def _parse(path: str) -> tuple[bytes, ...]:
+    """The components of a path as the bytes that are on the disk; none for the empty path, which is the root."""
+    if not path:
+        return ()
+    if "\0" in path:
+        raise errors.InvalidPath(path, "a path has no NUL")
+    if path.startswith("/"):
+        raise errors.InvalidPath(path, "paths are relative to the workspace")
+    names = tuple(_parse_name(path, text) for text in path.split("/"))
+    if sum(map(len, names)) + len(names) - 1 > MAX_PATH_BYTES:
+        raise errors.InvalidPath(path, f"it is over {MAX_PATH_BYTES} bytes")
+    if len(names) > MAX_PATH_DEPTH:
+        raise errors.InvalidPath(path, f"it has over {MAX_PATH_DEPTH} components")
+    return names
+
+
+def _parse_name(path: str, text: str) -> bytes:
+    if text in ("", ".", ".."):
+        raise errors.InvalidPath(path, "empty components, '.' and '..' are not allowed")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise errors.InvalidPath(path, "the path is not valid Unicode")
+    name = _ESCAPE.sub(lambda match: _unescaped(match[1]), text).encode("utf-8", "surrogateescape")
+    if len(name) > MAX_NAME_BYTES:
+        raise errors.InvalidPath(path, f"a name is over {MAX_NAME_BYTES} bytes")
+    if _spell(name) != text:
+        raise errors.InvalidPath(path, f"this name is spelled {_spell(name)!r}")
+    return name
+
+
+def _unescaped(digits: str) -> str:
+    byte = int(digits, 16)
+    return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
+
+
+def _spell(name: bytes) -> str:
+    """The one spelling of a name, as the module's docstring describes it."""
+    return _NEEDS_ESCAPE.sub(
+        lambda match: r"\x5C" if match[0] == "\\" else rf"\x{ord(match[0]) - 0xDC00:02X}",
+        name.decode("utf-8", "surrogateescape"),
+    )
+
+
+def _parse_new(path: str) -> tuple[bytes, ...]:
+    """As `_parse`, for a name that we would bring into being: stricter than what an agent may have made."""
+    names = _parse(path)
+    if not names:
+        raise errors.InvalidPath(path, "a file needs a name")
+    for name in names:
+        try:
+            text = name.decode()
+        except UnicodeDecodeError:
+            raise errors.InvalidPath(path, "new names are UTF-8") from None
+        if any(unicodedata.category(char) == "Cc" for char in text):
+            raise errors.InvalidPath(path, "new names have no control characters")
+    return names
+
+
+@contextlib.contextmanager
+def _translated(path: str) -> Iterator[None]:
+    """Turns what the system says about a path into our own errors, and passes on what is about the disk."""
+    try:
+        yield
+    except _RefusedError:
+        raise errors.NotAFile(path) from None
+    except OSError as error:
+        reasons = {
+            errno.EACCES: "permission denied",
+            errno.EPERM: "permission denied",
+            errno.ENOTDIR: "not a directory",
+            errno.ELOOP: "a symbolic link is on the way",
+            errno.EISDIR: "there is a directory of that name",
+            errno.ENOTEMPTY: "it is being written to",
+            errno.EEXIST: "it is being written to",
+            errno.EBUSY: "it changed while it was being used",
+            errno.EAGAIN: "a process holds a lease on it",
+        }
+        if error.errno == errno.ENOENT:
+            raise errors.FileNotFound(path) from error
+        if error.errno in reasons:
+            raise errors.PathConflict(path, reasons[error.errno]) from error
+        raise
+
+
+@contextlib.contextmanager
+def _left_to_the_agent() -> Iterator[None]:
+    """Passes over what is gone meanwhile, or is not for us to see."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _AGENTS_DOING:
+            raise
+
+
+def _entry(path: str, found: os.stat_result) -> FileEntry:
+    kind = _type_of(found.st_mode)
+    size = found.st_size if kind == "file" else 0
+    return FileEntry(path, kind, size, _modified_at(found), stat.S_IMODE(found.st_mode))
+
+
+def _type_of(mode: int) -> FileType:
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "symlink" if stat.S_ISLNK(mode) else "other"
+
+
+def _modified_at(found: os.stat_result) -> datetime:
+    # A file's time is whatever the agent set it to, well outside of the years 1 to 9999 if it likes.
+    try:
+        return _EPOCH + timedelta(microseconds=found.st_mtime_ns // 1000)
+    except OverflowError:
+        if found.st_mtime_ns < 0:
+            return datetime.min.replace(tzinfo=UTC)
+        return datetime.max.replace(tzinfo=UTC)
+
+
+def _lstat(name: bytes, directory: int) -> os.stat_result:
+    return os.stat(name, dir_fd=directory, follow_symlinks=False)
+
+
+def _is_link(name: bytes, directory: int) -> bool:
+    try:
+        return stat.S_ISLNK(_lstat(name, directory).st_mode)
+    except OSError:
+        return False
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
