@@ -382,6 +382,7 @@ async def _serve_link(hub: Hub, path: Path, max_frame_bytes: int, stack: AsyncEx
     async def close() -> None:
         server.close()
         await server.wait_closed()
+        path.unlink(missing_ok=True)
 
     stack.push_async_callback(close)
 

@@ -22,6 +22,7 @@ __all__ = ["FollowEvents", "FollowQuery", "FollowTurn", "Patience", "Stream"]
 
 FIRST_DELAY_SECONDS = 0.1
 LONGEST_DELAY_SECONDS = 5.0
+_FINISHED_BLOCK = frozenset({"message.assistant", "thinking", "tool.called"})
 
 
 class Patience:
@@ -65,6 +66,7 @@ class Stream:
         self._decoder = Decoder()
         self._begun = False
         self._lengths: dict[tuple[str | None, str, int], int] = {}
+        self._doubtful: set[tuple[str | None, str]] = set()
 
     def request(self) -> Call[None]:
         """What to send next."""
@@ -74,15 +76,16 @@ class Stream:
         """The server has taken the request."""
         self._begun = True
         self._decoder = Decoder()  # what the last connection left incomplete is sent again whole
+        # Messages that were being made when the connection broke. If one was begun anew before this connection was
+        # there to hear of it, no `reset` came: it shows when its thread goes on with another message.
+        self._doubtful = {(parent, message_id) for parent, message_id, _ in self._lengths}
 
     def feed(self, chunk: bytes) -> Iterator[Frame]:
         """What is new in a chunk; events that were seen before are left out."""
         self._patience.renew()
         for message in self._decoder.feed(chunk):
             value = from_json(message.data)
-            frame = self._delta(value) if message.event == "delta" else self._event(value)
-            if frame is not None:
-                yield frame
+            yield from self._delta(value) if message.event == "delta" else self._event(value)
             if self.over:
                 return
 
@@ -108,33 +111,53 @@ class Stream:
         passing = isinstance(error, Unavailable) or (isinstance(error, CarrelError) and error.retry_after_seconds)
         return bool(passing) or not isinstance(error, CarrelError)
 
-    def _event(self, value: dict[str, Any]) -> Event | None:
+    def _event(self, value: dict[str, Any]) -> Iterator[Frame]:
         event = Event.model_validate(value)
         if event.seq <= self.seq:
-            return None
+            return
         self.seq = event.seq
+        concerns = self._concerns(event.turn_id)
         if event.ends_turn:
+            if concerns and self._deltas:
+                yield from self._given_up(list(self._doubtful), event.turn_id)
             self._lengths.clear()
-        if not self._concerns(event.turn_id):
-            return None
-        self.over = self._is_last(event)
-        return event
+            self._doubtful.clear()
+        elif event.type in _FINISHED_BLOCK:
+            made = (event.data.get("parent_tool_use_id"), event.data.get("message_id"))
+            self._lengths.pop((*made, event.data.get("block")), None)  # type: ignore[arg-type]
+            self._doubtful.discard(made)  # type: ignore[arg-type]
+        if concerns:
+            self.over = self._is_last(event)
+            yield event
 
-    def _delta(self, value: dict[str, Any]) -> Delta | None:
+    def _delta(self, value: dict[str, Any]) -> Iterator[Delta]:
         delta = Delta.of(value)
         if not self._deltas or not self._concerns(delta.turn_id):
-            return None
+            return
+        message = (delta.parent_tool_use_id, delta.message_id)
+        self._doubtful.discard(message)
         if delta.kind == "reset":
-            gone = (delta.parent_tool_use_id, delta.message_id)
-            self._lengths = {key: length for key, length in self._lengths.items() if key[:2] != gone}
-            return delta
-        key = (delta.parent_tool_use_id, delta.message_id, delta.block)
+            self._forget(message)
+            yield delta
+            return
+        others = [other for other in self._doubtful if other[0] == delta.parent_tool_use_id]
+        yield from self._given_up(others, delta.turn_id)
+        key = (*message, delta.block)
         seen = self._lengths.get(key, 0)
         end = delta.offset + len(delta.text)
         if end <= seen:
-            return None  # a new connection begins with the text so far
+            return  # a new connection begins with the text so far
         self._lengths[key] = end
-        return delta if delta.offset >= seen else _from(delta, seen)
+        yield delta if delta.offset >= seen else _from(delta, seen)
+
+    def _given_up(self, messages: list[tuple[str | None, str]], turn_id: str | None) -> Iterator[Delta]:
+        for parent, message_id in messages:
+            self._doubtful.discard((parent, message_id))
+            self._forget((parent, message_id))
+            yield Delta(kind="reset", turn_id=turn_id, message_id=message_id, parent_tool_use_id=parent)
+
+    def _forget(self, message: tuple[str | None, str]) -> None:
+        self._lengths = {key: length for key, length in self._lengths.items() if key[:2] != message}
 
     def _concerns(self, turn_id: str | None) -> bool:
         return True

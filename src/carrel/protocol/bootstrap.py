@@ -31,6 +31,11 @@ class Bootstrap(Frozen):
     home: str = Field(description="The agent's home as the runner sees it.")
     config_dir: str = Field(description="The agent's configuration directory as the agent sees it.")
     agent_env: dict[str, str] = Field(description="The whole environment of the agent, its token aside.")
+    late_env_path: str | None = Field(
+        default=None,
+        description="Where variables of the session's go, as NUL-ended arguments of bubblewrap, rather than into the "
+        "environment of the programs that build the wall.",
+    )
     owner: tuple[int, int] | None = Field(default=None, description="User and group of the agent's files.")
     mounts: list[Mount] = Field(default=[], description="Made before anything else, in a mount namespace of its own.")
     mount_root: str | None = Field(default=None, description="An empty directory to mount them under.")

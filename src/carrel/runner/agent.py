@@ -158,7 +158,11 @@ class Agent:
             "ANTHROPIC_API_KEY": boot.agent_token,
             "CLAUDE_CODE_MAX_RETRIES": str(boot.max_retries),
         }
-        env |= spec.env_vars or {}
+        if boot.late_env_path is None:
+            env |= spec.env_vars or {}
+        else:
+            late = [part for item in (spec.env_vars or {}).items() for part in ("--setenv", *item)]
+            Path(boot.late_env_path).write_bytes(b"".join(part.encode() + b"\0" for part in late))
         if go_on:
             env["CLAUDE_CODE_RESUME_INTERRUPTED_TURN"] = "1"
         system_prompt: Any = {"type": "preset", "preset": "claude_code"}
@@ -375,6 +379,8 @@ class Agent:
 
     def _take_system(self, message: sdk.SystemMessage) -> None:
         if message.subtype == "init":
+            # Said at the start of every run, also of one that the agent begins by itself.
+            self._begin_if_quiet()
             self._take_init(message.data)
         self._take_task(message)
         if message.subtype == "api_retry":

@@ -20,7 +20,7 @@ from pydantic_core import to_json
 
 from carrel import abc
 from carrel.killpoints import reached
-from carrel.model import Sandbox, SandboxStatus, Session, SessionStatus
+from carrel.model import Sandbox, SandboxStatus, Session, SessionStatus, utc_now
 from carrel.protocol.events import EVENT_TYPES
 from carrel.protocol.link import (
     PROTOCOL_VERSION,
@@ -316,6 +316,9 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> N
             tx.sessions.update(session.id, agent_session_id=frame.agent_session_id)
         case AgentReady():
             _agent_ready(tx, sandbox, session)
+        case Activity():
+            # A background task has begun or ended: idleness is counted from here.
+            tx.sessions.update(session.id, **transitions.touch(session, utc_now()))
         case TurnBegun():
             if sandbox.status is not SandboxStatus.ENDING and tx.turns.get(frame.turn_id) is None:
                 transitions.begin_agent_turn(tx, session, frame.turn_id, frame.at, sandbox.id)

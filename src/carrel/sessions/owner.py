@@ -468,6 +468,9 @@ def _lost(tx: abc.Transaction, session_id: str) -> None:
         transitions.fail_turn(
             tx, session, live, Failure(code=error.code, message=error.message), StopReason.SANDBOX_LOST
         )
+    if session.status is SessionStatus.STARTING and tx.turns.queued(session_id):
+        # Nothing was begun, so nothing was lost: the next step starts another.
+        return
     transitions.settle(tx, session, stop_reason=StopReason.SANDBOX_LOST if live is not None else None)
 
 

@@ -24,6 +24,7 @@ _SYNTHETIC = re.compile(
     r"\s*(?:\[Request interrupted by user[^\]]*\]"
     r"|Continue from where you left off\.\s*\Z"
     r"|Tool loaded\.\s*\Z"
+    r"|\[Image: source: [^\]]*\]\s*\Z"
     r"|<(?:local-command-\w+|command-name|command-message|bash-(?:input|stdout|stderr))>)"
 )
 # How Claude Code asks for the rest of an answer that broke off after a whole block of it had come.

@@ -12,6 +12,7 @@ from pathlib import Path
 from carrel.errors import IsolationUnavailable
 from carrel.model import Isolation, Network
 from carrel.protocol.bootstrap import Mount
+from carrel.runtimes.local import seccomp
 
 WORKSPACE = "/workspace"
 HOME = "/home/agent"
@@ -28,8 +29,10 @@ _SHOWN_IN_ETC = (
     "magic",
     "mime.types",
     "os-release",
-    "pki",
-    "ssl",
+    "pki/ca-trust",
+    "pki/tls/certs",
+    "ssl/certs",
+    "ssl/openssl.cnf",
     "timezone",
 )
 _SHOWN_WITH_NETWORK = ("hosts", "nsswitch.conf", "resolv.conf", "services", "gai.conf")
@@ -56,6 +59,7 @@ class Wrapped:
     cwd: str
     config_dir: str
     env: dict[str, str]
+    late_env_path: str | None
     mounts: list[Mount]
     mount_root: str | None
 
@@ -69,11 +73,6 @@ def choose(asked: Isolation | None) -> Isolation:
     chosen = asked or Isolation.BUBBLEWRAP
     if chosen is not Isolation.BUBBLEWRAP:
         return chosen
-    if shutil.which("bwrap") is None:
-        raise IsolationUnavailable(
-            "bubblewrap (bwrap) is not installed. Install it (Debian: apt-get install bubblewrap), or choose "
-            "--isolation container inside a container that isolates by itself, or --isolation none."
-        )
     # The shortest program that goes through everything an agent will.
     command = [*_drop(_probe_user()), *_bwrap(Network.GATEWAY_ONLY), "--ro-bind", "/", "/", "true"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -115,6 +114,7 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
             cwd=str(place.workspace),
             config_dir=str(place.home / ".claude"),
             env=env,
+            late_env_path=None,
             mounts=[],
             mount_root=None,
         )
@@ -132,12 +132,29 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
         root = _root_outside([place.folder, place.workspace, place.home, place.gateway_folder, place.cli])
         mounts = [Mount(source=str(path), target=f"{root}/{name}") for name, path in shown.items()]
         shown = {name: Path(root, name) for name in shown}
-    command = [*_drop(place.owner), *_bwrap(network), *_view(shown, network, read_only), "--", _PROGRAM]
+    command = [*_drop(place.owner), *_bwrap(network), *_view(shown, network, read_only)]
+    # What the session's creator sets must reach the agent and never the programs that build its wall: they run
+    # outside of it, as root where Carrel is, and obey variables of their own. So bubblewrap sets it, at the end.
+    files = {"args": place.folder / "env"}
+    files["args"].touch(mode=0o600)
+    if filter_ := seccomp.program():
+        files["seccomp"] = place.folder / "seccomp"
+        files["seccomp"].write_bytes(filter_)
+    redirections = []
+    for fd, (flag, path) in enumerate(files.items(), start=3):
+        command += [f"--{flag}", str(fd)]
+        redirections.append(f"{fd}<{shlex.quote(str(path))}")
     wrapper = place.folder / "claude"
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join([*command, "--", _PROGRAM])} "$@" {" ".join(redirections)}\n')
     wrapper.chmod(0o700)
     return Wrapped(
-        cli_path=str(wrapper), cwd=WORKSPACE, config_dir=f"{HOME}/.claude", env=env, mounts=mounts, mount_root=root
+        cli_path=str(wrapper),
+        cwd=WORKSPACE,
+        config_dir=f"{HOME}/.claude",
+        env=env,
+        late_env_path=str(files["args"]),
+        mounts=mounts,
+        mount_root=root,
     )
 
 
@@ -145,11 +162,22 @@ def _drop(owner: tuple[int, int] | None) -> list[str]:
     """Where Carrel is root, each session's agent is an unprivileged user of its own."""
     if owner is None:
         return []
-    return ["setpriv", f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups", "--no-new-privs"]
+    return [_program("setpriv", "util-linux"), f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups", "--no-new-privs"]
+
+
+def _program(name: str, package: str) -> str:
+    """Where the program is: absolute, because whoever runs it has another PATH than we."""
+    found = shutil.which(name)
+    if found is None:
+        raise IsolationUnavailable(
+            f"{package} ({name}) is not installed. Install it (Debian: apt-get install {package}), or choose "
+            "--isolation container inside a container that isolates by itself, or --isolation none."
+        )
+    return os.path.abspath(found)
 
 
 def _bwrap(network: Network) -> list[str]:
-    flags = ["bwrap", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--unshare-pid", "--unshare-ipc"]
+    flags = [_program("bwrap", "bubblewrap"), "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--unshare-pid", "--unshare-ipc"]
     flags += ["--unshare-uts", "--hostname", "carrel", "--unshare-cgroup-try", "--die-with-parent", "--new-session"]
     if network is Network.GATEWAY_ONLY:
         flags.append("--unshare-net")
@@ -168,9 +196,9 @@ def _view(shown: dict[str, Path], network: Network, read_only: list[str]) -> lis
         flags += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     flags += ["--ro-bind", str(shown["etc"] / "passwd"), "/etc/passwd"]
     flags += ["--ro-bind", str(shown["etc"] / "group"), "/etc/group"]
+    flags += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/run"]
     for extra in read_only:
         flags += ["--ro-bind", extra, extra]
-    flags += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/run"]
     flags += ["--ro-bind", str(shown["gateway"]), str(Path(GATEWAY_SOCKET).parent)]
     flags += ["--ro-bind", str(shown["claude"]), _PROGRAM]
     flags += ["--bind", str(shown["home"]), HOME, "--bind", str(shown["workspace"]), WORKSPACE, "--chdir", WORKSPACE]

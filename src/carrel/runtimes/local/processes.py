@@ -55,13 +55,13 @@ def end_holder(path: Path, *, timeout_seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def end_marked(sandbox_id: str, *, timeout_seconds: float = 10.0) -> None:
-    """Kill every process that carries the sandbox's mark, and wait until none is left."""
+def end_marked(sandbox_id: str, *, timeout_seconds: float = 10.0) -> list[int]:
+    """Kill every process that carries the sandbox's mark, and wait until none is left. Answers those that will not."""
     deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
+    while True:
         found = [pid for pid, _ in marked(sandbox_id) if pid != os.getpid()]
-        if not found:
-            return
+        if not found or time.monotonic() > deadline:
+            return found
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

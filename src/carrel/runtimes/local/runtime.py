@@ -106,6 +106,7 @@ class LocalRuntime(abc.Runtime):
             home=spec.home,
             config_dir=wrapped.config_dir,
             agent_env=wrapped.env,
+            late_env_path=wrapped.late_env_path,
             owner=spec.owner,
             mounts=wrapped.mounts,
             mount_root=wrapped.mount_root,
@@ -122,7 +123,8 @@ class LocalRuntime(abc.Runtime):
 
     def _terminate(self, sandbox_id: str, folder: Path) -> None:
         processes.end_holder(folder / "lock")
-        processes.end_marked(sandbox_id)
+        if left := processes.end_marked(sandbox_id):
+            log.error("sandbox.not_ended", sandbox=sandbox_id, pids=left)
         shutil.rmtree(folder, ignore_errors=True)
 
     async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:

@@ -1,0 +1,67 @@
+"""`carrel serve`: run the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from carrel.cli.context import context_of
+from carrel.errors import InvalidSettings
+from carrel.model import Isolation, Network
+
+__all__ = ["serve"]
+
+
+def serve(
+    context: typer.Context,
+    host: Annotated[str | None, typer.Option(help="The address to listen on. (default: 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port. (default: 8000)")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder that holds everything. (default: carrel-data)")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in YAML. (default: DATA/config.yaml)")] = None,
+    model_upstream: Annotated[
+        str | None, typer.Option(metavar="anthropic|scripted|scripted:FILE|URL", help="Where the model is.")
+    ] = None,
+    auth: Annotated[
+        Literal["key", "none"] | None, typer.Option(help="`none`: no key is wanted; on loopback only.")
+    ] = None,
+    isolation: Annotated[Isolation | None, typer.Option(help="What stands around agents.")] = None,
+    network: Annotated[Network | None, typer.Option(help="What agents reach.")] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None, typer.Option(help="What is logged.")
+    ] = None,
+    reload: Annotated[bool, typer.Option("--reload", help="Start again when Carrel's code changes.")] = False,
+) -> None:
+    """Run the server until it is told to end."""
+    given = context_of(context)
+    said = {
+        "host": host,
+        "port": port,
+        "data": data or given.data,
+        "model_upstream": model_upstream,
+        "auth": auth,
+        "isolation": isolation,
+        "network": network,
+        "log_level": log_level,
+    }
+    if config is not None and not config.is_file():
+        raise InvalidSettings(f"There is no file {config}.")
+    settings = given.settings(config, said)  # also where it reloads: what is wrong is said at once
+    if reload:
+        from carrel.cli.reload import supervise
+
+        supervise(_arguments(said, config))
+        return
+    from carrel.cli import server  # the whole server; no other command has to wait for it
+
+    server.serve(settings)
+
+
+def _arguments(said: Mapping[str, object], config: Path | None) -> list[str]:
+    arguments = ["serve"]
+    for name, value in {**said, "config": config}.items():
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments
