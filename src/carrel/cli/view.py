@@ -207,7 +207,8 @@ class LiveView(View):
 
     def _end(self, data: dict[str, Any]) -> None:
         super()._end(data)
-        facts = [f"{data.get('num_turns', 0)} model requests"]
+        requests = data.get("num_turns", 0)
+        facts = [f"{requests} model request{'' if requests == 1 else 's'}"]
         if data.get("duration_ms") is not None:
             facts.append(f"{data['duration_ms'] / 1000:.1f} s")
         if data.get("cost_usd") is not None:

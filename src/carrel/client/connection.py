@@ -9,19 +9,32 @@ from typing import Any
 import httpx
 
 from carrel import __version__
+from carrel.errors import InvalidSettings
 
 __all__ = ["Connection"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """Where the server is, and how long to wait for it."""
+    """Where the server is, and how long to wait for it.
+
+    Raises:
+        InvalidSettings: the address is none.
+    """
 
     base_url: str
     api_key: str | None
     timeout_seconds: float
     silence_seconds: float
     reconnect_seconds: float
+
+    def __post_init__(self) -> None:
+        try:
+            there = httpx.URL(self.base_url)
+        except httpx.InvalidURL:
+            there = httpx.URL("")
+        if there.scheme not in ("http", "https") or not there.host:
+            raise InvalidSettings(f"{self.base_url!r} is not an address; it begins with http:// or https://.")
 
     def __repr__(self) -> str:
         return f"Connection({self.base_url!r})"

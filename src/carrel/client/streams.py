@@ -108,8 +108,9 @@ class Stream:
     def _may_retry(self, error: httpx.TransportError | CarrelError | None) -> bool:
         if not self._begun:
             return False  # a server that was never there is told at once
-        passing = isinstance(error, Unavailable) or (isinstance(error, CarrelError) and error.retry_after_seconds)
-        return bool(passing) or not isinstance(error, CarrelError)
+        if isinstance(error, CarrelError):
+            return isinstance(error, Unavailable) or error.retry_after_seconds is not None
+        return True
 
     def _event(self, value: dict[str, Any]) -> Iterator[Frame]:
         event = Event.model_validate(value)
@@ -125,7 +126,7 @@ class Stream:
         elif event.type in _FINISHED_BLOCK:
             made = (event.data.get("parent_tool_use_id"), event.data.get("message_id"))
             self._lengths.pop((*made, event.data.get("block")), None)  # type: ignore[arg-type]
-            self._doubtful.discard(made)  # type: ignore[arg-type]
+            self._doubtful.discard(made)
         if concerns:
             self.over = self._is_last(event)
             yield event

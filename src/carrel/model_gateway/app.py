@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections import OrderedDict
+import re
 from collections.abc import AsyncIterator, Mapping
 from hashlib import sha256
 
@@ -27,24 +26,9 @@ from carrel.model_gateway.meter import Meter, Reading
 
 log = structlog.get_logger(__name__)
 
-_NOT_PASSED_ON = frozenset(
-    [
-        "authorization",
-        "x-api-key",
-        "host",
-        "content-length",
-        "connection",
-        "keep-alive",
-        "transfer-encoding",
-        "te",
-        "trailer",
-        "upgrade",
-        "proxy-authorization",
-        "proxy-connection",
-        "accept-encoding",
-        "cookie",
-    ]
-)
+_PASSED_ON = frozenset(["accept", "content-type", "user-agent", "x-app", "x-client-request-id"])
+_PASSED_ON_PREFIXES = ("anthropic-", "x-stainless-", "x-claude-")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,199}")
 _NOT_PASSED_BACK = frozenset(
     [
         "connection",
@@ -57,8 +41,8 @@ _NOT_PASSED_BACK = frozenset(
         "date",
     ]
 )
-_KNOWN_FOR_SECONDS = 5.0
-_KNOWN_TOKENS = 4096
+_HIDDEN = b"[hidden by Carrel]"
+_SHORTEST_SECRET = 8
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
@@ -84,59 +68,77 @@ class ModelGateway:
         self._meter = meter
         self._credentials = credentials
         self._client = client
-        self._known: OrderedDict[str, tuple[float, Sandbox]] = OrderedDict()
         self._late: set[asyncio.Task[None]] = set()
 
     def app(self) -> Starlette:
         """The application that sandboxes talk to."""
         routes = [
             Route("/v1/messages", self._messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", self._pass, methods=["POST"]),
-            Route("/v1/models", self._pass, methods=["GET"]),
-            Route("/v1/models/{model}", self._pass, methods=["GET"]),
+            Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{model}", self._model, methods=["GET"]),
             Route("/{path:path}", _nothing_here, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
         ]
         return Starlette(routes=routes)
 
+    # The path that is asked for upstream is always one of ours, and never what a request says: there are too many ways
+    # to write one.
+
     async def _messages(self, request: Request) -> Response:
+        return await self._forward(request, "/v1/messages", metered=True)
+
+    async def _count_tokens(self, request: Request) -> Response:
+        return await self._forward(request, "/v1/messages/count_tokens")
+
+    async def _models(self, request: Request) -> Response:
+        return await self._forward(request, "/v1/models")
+
+    async def _model(self, request: Request) -> Response:
+        model = request.path_params["model"]
+        if not _MODEL_NAME.fullmatch(model):
+            return await _nothing_here(request)
+        return await self._forward(request, f"/v1/models/{model}")
+
+    async def _forward(self, request: Request, path: str, *, metered: bool = False) -> Response:
         sandbox = await self._sandbox(request)
         if sandbox is None:
-            return _unauthorised()
-        return await self._forward(request, sandbox)
-
-    async def _pass(self, request: Request) -> Response:
-        sandbox = await self._sandbox(request)
-        if sandbox is None:
-            return _unauthorised()
-        return await self._forward(request, None)
-
-    async def _forward(self, request: Request, metered: Sandbox | None) -> Response:
+            return _problem(401, "authentication_error", "This gateway wants the token of a running sandbox.")
         try:
-            headers = self._headers(request)
-            body = await _body(request)
+            credential = self._credentials.headers()
         except CarrelError as error:
             return _problem(401, "authentication_error", error.message)
+        try:
+            body = await _body(request)
         except ClientDisconnect:
             return Response(status_code=499)
         if body is None:
             return _problem(413, "request_too_large", "The request is larger than the gateway passes on.")
         upstream = self._client.build_request(
-            request.method, request.url.path, params=request.url.query.encode() or None, headers=headers, content=body
+            request.method,
+            path,
+            params=request.scope["query_string"] or None,
+            headers=_headers(request, credential),
+            content=body,
         )
         try:
             answer = await self._client.send(upstream, stream=True)
         except httpx.HTTPError as error:
             log.warning("model.unreachable", error=repr(error))
             return _problem(502, "api_error", "The model's API cannot be reached.")
-        passed_back = {k: v for k, v in answer.headers.items() if k.lower() not in _NOT_PASSED_BACK}
-        if metered is None or answer.status_code != 200:
-            return await _whole(answer, passed_back)
+        secrets = _secrets(credential)
+        passed_back = {
+            name: _hide(value.encode(), secrets).decode()
+            for name, value in answer.headers.items()
+            if name.lower() not in _NOT_PASSED_BACK
+        }
+        if not metered or answer.status_code != 200:
+            return await _whole(answer, passed_back, secrets)
         if "text/event-stream" in answer.headers.get("content-type", ""):
-            return StreamingResponse(self._stream(answer, metered), headers=passed_back)
-        response = await _whole(answer, passed_back)
+            return StreamingResponse(self._stream(answer, sandbox), headers=passed_back)
+        response = await _whole(answer, passed_back, secrets)
         reading = Reading()
         reading.take_whole(bytes(response.body))
-        await self._settle(reading, metered)
+        await self._settle(reading, sandbox)
         return response
 
     async def _stream(self, answer: httpx.Response, sandbox: Sandbox) -> AsyncIterator[bytes]:
@@ -170,30 +172,39 @@ class ModelGateway:
         """Wait for what is still to be recorded."""
         await asyncio.gather(*self._late, return_exceptions=True)
 
-    def _headers(self, request: Request) -> dict[str, str]:
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in _NOT_PASSED_ON}
-        headers["accept-encoding"] = "identity"
-        for name, value in self._credentials.headers().items():
-            given = headers.get(name) if name == "anthropic-beta" else None
-            headers[name] = f"{given},{value}" if given and value not in given.split(",") else value
-        return headers
-
     async def _sandbox(self, request: Request) -> Sandbox | None:
+        # Looked up each time: a token ends with its sandbox, and not a moment later.
         token = _token(request.headers)
         if token is None:
             return None
         digest = sha256(token.encode()).hexdigest()
-        known = self._known.get(digest)
-        if known is not None and known[0] > time.monotonic():
-            return known[1]
-        sandbox = await self._store.read(lambda tx: tx.sandboxes.by_agent_token(digest))
-        if sandbox is None:
-            self._known.pop(digest, None)
-            return None
-        self._known[digest] = (time.monotonic() + _KNOWN_FOR_SECONDS, sandbox)
-        while len(self._known) > _KNOWN_TOKENS:
-            self._known.popitem(last=False)
-        return sandbox
+        return await self._store.read(lambda tx: tx.sandboxes.by_agent_token(digest))
+
+
+def _headers(request: Request, credential: Mapping[str, str]) -> dict[str, str]:
+    """What goes upstream: headers that the Messages API knows. Others could have a meaning to whatever stands there."""
+    headers = {
+        name: value
+        for name, value in request.headers.items()
+        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
+    }
+    headers["accept-encoding"] = "identity"
+    for name, value in credential.items():
+        given = headers.get(name) if name == "anthropic-beta" else None
+        headers[name] = f"{given},{value}" if given and value not in given.split(",") else value
+    return headers
+
+
+def _secrets(credential: Mapping[str, str]) -> list[bytes]:
+    found = [value.rpartition(" ")[2] for name, value in credential.items() if name != "anthropic-beta"]
+    return [value.encode() for value in found if len(value) >= _SHORTEST_SECRET]
+
+
+def _hide(data: bytes, secrets: list[bytes]) -> bytes:
+    """An upstream that repeats what it was sent, in an error for instance, must not tell the agent its credential."""
+    for secret in secrets:
+        data = data.replace(secret, _HIDDEN)
+    return data
 
 
 def _token(headers: Mapping[str, str]) -> str | None:
@@ -215,22 +226,18 @@ async def _body(request: Request) -> bytes | None:
     return b"".join(parts)
 
 
-async def _whole(answer: httpx.Response, headers: dict[str, str]) -> Response:
+async def _whole(answer: httpx.Response, headers: dict[str, str], secrets: list[bytes]) -> Response:
     try:
         body = await answer.aread()
     except httpx.HTTPError:
         return _problem(502, "api_error", "The model's API broke off.")
     finally:
         await answer.aclose()
-    return Response(body, status_code=answer.status_code, headers=headers)
+    return Response(_hide(body, secrets), status_code=answer.status_code, headers=headers)
 
 
 def _problem(status: int, kind: str, message: str) -> Response:
     return JSONResponse({"type": "error", "error": {"type": kind, "message": message}}, status_code=status)
-
-
-def _unauthorised() -> Response:
-    return _problem(401, "authentication_error", "This gateway wants the token of a running sandbox.")
 
 
 async def _nothing_here(request: Request) -> Response:

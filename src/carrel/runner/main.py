@@ -162,7 +162,7 @@ class Runner:
 
     async def _prepare_transcript(self, bind: Bind, agent_session_id: str) -> None:
         files = self._agent.transcripts
-        if files.main(agent_session_id).is_file():
+        if files.exists(agent_session_id):
             if bind.reconcile:
                 self._send_transcript(agent_session_id)
             return

@@ -3,6 +3,8 @@
 Importing the Agent SDK costs most of a second and tens of megabytes; a process forked from one that has done so starts
 in milliseconds and shares the memory. So one parent imports everything, stays single-threaded with no event loop, and
 forks a runner for each bootstrap it reads from its socket. It ends when the gateway has gone and its last runner too.
+
+It also sweeps up behind its runners: a runner that was killed could end nothing, and what it leaves falls to us.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ def main(fd: int) -> None:
 
     gc.collect()
     gc.freeze()
+    # Every runner's secrets pass through this memory, and its children inherit that nobody may look into it.
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     connection = socket.socket(fileno=fd)
-    children: set[int] = set()
+    runners: set[int] = set()
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -46,12 +51,13 @@ def main(fd: int) -> None:
     selector.register(wake_read, selectors.EVENT_READ)
     pending = b""
     open_ = True
-    while open_ or children:
+    while open_ or runners or _end_orphans(runners):
         for key, _ in selector.select():
             if key.fileobj is not connection:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_read, 4096)
-                children -= _reap()
+                runners -= _reap()
+                _end_orphans(runners)
                 continue
             data = connection.recv(1 << 20)
             if not data:
@@ -60,7 +66,7 @@ def main(fd: int) -> None:
                 break
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                children |= _serve(connection, line, close=(wake_read, wake_write, selector.fileno()))
+                runners |= _serve(connection, line, close=(wake_read, wake_write, selector.fileno()))
 
 
 def _reap() -> set[int]:
@@ -73,6 +79,20 @@ def _reap() -> set[int]:
         if pid == 0:
             return gone
         gone.add(pid)
+
+
+def _end_orphans(runners: set[int]) -> bool:
+    """End what has fallen to us: processes whose runner is gone. Whether there were any.
+
+    Found by descent, so it does not help them to have left their session and wiped their environment. What they leave
+    in turn falls to us when they have ended, of which we are told.
+    """
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        orphans = {int(pid) for pid in file.read().split()} - runners
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(orphans)
 
 
 def _serve(connection: socket.socket, line: bytes, close: tuple[int, ...]) -> set[int]:
@@ -110,10 +130,9 @@ def _become_runner(bootstrap: Bootstrap, lock: int, connection: socket.socket, c
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         os.environ.clear()
-        os.environ.update({"CARREL_SANDBOX": bootstrap.sandbox_id, "PATH": "/usr/local/bin:/usr/bin:/bin"})
-        os.environ["CLAUDE_AGENT_SDK_SKIP_VERSION_CHECK"] = "1"
-        # Nothing outside root may look into a process that holds the link token.
-        _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        mark = {"CARREL_SANDBOX": bootstrap.sandbox_id}
+        _show_environment(mark)
+        os.environ.update(mark, PATH="/usr/local/bin:/usr/bin:/bin", CLAUDE_AGENT_SDK_SKIP_VERSION_CHECK="1")
         if bootstrap.subreaper:
             _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         if bootstrap.mount_root is not None:
@@ -132,6 +151,19 @@ def _become_runner(bootstrap: Bootstrap, lock: int, connection: socket.socket, c
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def _show_environment(shown: dict[str, str]) -> None:
+    """Have /proc show this environment: it shows what stood in memory at the last exec, which was the parent's."""
+    text = b"".join(f"{name}={value}\0".encode() for name, value in shown.items())
+    with open("/proc/self/stat", "rb") as file:
+        # Counted from behind the command's name, which may hold anything: the 48th and 49th field after it.
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = int(fields[47]), int(fields[48])
+    if end - start < len(text):
+        raise OSError("the parent's environment leaves no room for a runner's")
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
 
 
 def _redirect(log_path: str) -> None:

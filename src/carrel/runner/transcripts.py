@@ -1,14 +1,27 @@
-"""The agent's transcript files: found, written for a resume, read back after a loss."""
+"""The agent's transcript files: found, written for a resume, read back after a loss.
+
+They stand in the agent's home, where the agent may put what it likes in their place, and the runner may be root. So
+every folder is opened from the one above it and no symbolic link is followed: not to read what belongs to others, not
+to write where others look.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SUBPATH = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO in a file's place must not hold us up.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_DEEPEST = 16
 
 
 def project_key(cwd: str) -> str:
@@ -21,60 +34,109 @@ class Transcripts:
 
     def __init__(self, home: Path, cwd: str, owner: tuple[int, int] | None) -> None:
         """Look at `home`, as the runner sees it, for an agent that works in `cwd`, as the agent sees it."""
-        self._folder = home / ".claude" / "projects" / project_key(cwd)
+        self._home = home
+        self._folder = (".claude", "projects", project_key(cwd))
         self._owner = owner
 
-    def main(self, agent_session_id: str) -> Path:
-        """The conversation's own file."""
-        return self._folder / f"{agent_session_id}.jsonl"
-
-    def path(self, agent_session_id: str, subpath: str) -> Path:
-        """The file of a transcript; sub-agents' ones stand in a folder beside the main one."""
-        if not subpath:
-            return self.main(agent_session_id)
-        if not _SUBPATH.fullmatch(subpath) or ".." in subpath.split("/"):
-            raise ValueError(f"not a transcript's subpath: {subpath!r}")
-        return self._folder / agent_session_id / f"{subpath}.jsonl"
+    def exists(self, agent_session_id: str) -> bool:
+        """Whether the conversation has a file."""
+        return self._read([*self._folder, f"{agent_session_id}.jsonl"]) is not None
 
     def write(self, agent_session_id: str, subpath: str, lines: Iterable[str], *, first: bool) -> None:
-        """Write lines for a resume: the first batch of a file begins it anew, the later ones go on."""
-        path = self.path(agent_session_id, subpath)
-        self._make(path.parent)
-        with open(path, "wb" if first else "ab") as file:
-            for line in lines:
-                file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-            if self._owner is not None:
-                os.fchown(file.fileno(), *self._owner)
+        """Write lines for a resume: the first batch of a file begins it anew, the later ones go on.
 
-    def _make(self, folder: Path) -> None:
-        missing = [folder]
-        while not missing[-1].parent.exists():
-            missing.append(missing[-1].parent)
-        for part in reversed(missing):
-            if not part.exists():
-                part.mkdir(mode=0o700)
+        Sub-agents' files stand in a folder beside the main one. What is in the way of a file or a folder goes.
+        """
+        *folders, name = self._parts(agent_session_id, subpath)
+        with self._walk(folders, make=True) as folder:
+            if first:
+                _clear(folder, name)
+            with open(os.open(name, _CREATE if first else _APPEND, 0o600, dir_fd=folder), "ab") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise OSError(f"not a file: {name}")
                 if self._owner is not None:
-                    os.chown(part, *self._owner)
+                    os.fchown(file.fileno(), *self._owner)
+                for line in lines:
+                    file.write(line.encode("utf-8", "surrogatepass") + b"\n")
 
     def found(self, agent_session_id: str) -> Iterator[tuple[str, list[str]]]:
         """Every transcript on disk: its subpath and its whole lines."""
-        main = self.main(agent_session_id)
-        if main.is_file():
-            yield "", _lines(main)
-        beside = self._folder / agent_session_id
-        for path in sorted(beside.rglob("*.jsonl")) if beside.is_dir() else ():
-            if path.is_file() and not path.is_symlink():
-                yield path.relative_to(beside).with_suffix("").as_posix(), _lines(path)
+        main = self._read([*self._folder, f"{agent_session_id}.jsonl"])
+        if main is not None:
+            yield "", _whole_lines(main)
+        for parts in self._beneath([*self._folder, agent_session_id]):
+            data = self._read([*self._folder, agent_session_id, *parts])
+            if data is not None:
+                yield "/".join(parts).removesuffix(".jsonl"), _whole_lines(data)
 
     def holds(self, agent_session_id: str, uuid: str) -> bool:
         """Whether a message with this uuid stands in the main transcript."""
-        main = self.main(agent_session_id)
-        return main.is_file() and any(_entry(line).get("uuid") == uuid for line in _lines(main))
+        data = self._read([*self._folder, f"{agent_session_id}.jsonl"])
+        return data is not None and any(_entry(line).get("uuid") == uuid for line in data.split(b"\n"))
+
+    def _parts(self, agent_session_id: str, subpath: str) -> list[str]:
+        if not subpath:
+            return [*self._folder, f"{agent_session_id}.jsonl"]
+        if not _SUBPATH.fullmatch(subpath) or {".", ".."} & set(subpath.split("/")):
+            raise ValueError(f"not a transcript's subpath: {subpath!r}")
+        *folders, name = subpath.split("/")
+        return [*self._folder, agent_session_id, *folders, f"{name}.jsonl"]
+
+    @contextmanager
+    def _walk(self, folders: list[str], *, make: bool = False) -> Iterator[int]:
+        """The descriptor of a folder beneath the home."""
+        current = os.open(self._home, _FOLDER)
+        try:
+            for name in folders:
+                following = self._open_or_make(name, current) if make else os.open(name, _FOLDER, dir_fd=current)
+                os.close(current)
+                current = following
+            yield current
+        finally:
+            os.close(current)
+
+    def _open_or_make(self, name: str, parent: int) -> int:
+        try:
+            return os.open(name, _FOLDER, dir_fd=parent)
+        except OSError:
+            _clear(parent, name)
+            os.mkdir(name, 0o700, dir_fd=parent)
+            found = os.open(name, _FOLDER, dir_fd=parent)
+            if self._owner is not None:
+                os.fchown(found, *self._owner)
+            return found
+
+    def _read(self, parts: list[str]) -> bytes | None:
+        """A file's content; None where there is no file that is reached by folders alone."""
+        try:
+            with self._walk(parts[:-1]) as folder, open(os.open(parts[-1], _READ, dir_fd=folder), "rb") as file:
+                return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+        except OSError:
+            return None
+
+    def _beneath(self, folders: list[str]) -> Iterator[list[str]]:
+        """Every `.jsonl` beneath a folder, as the names that lead to it from there."""
+        try:
+            with self._walk(folders) as folder, os.scandir(folder) as entries:
+                names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        except OSError:
+            return
+        for name, is_folder in names:
+            if is_folder and len(folders) < _DEEPEST:
+                yield from ([name, *below] for below in self._beneath([*folders, name]))
+            elif name.endswith(".jsonl") and _SUBPATH.fullmatch(name):
+                yield [name]
 
 
-def _lines(path: Path) -> list[str]:
-    with open(path, "rb") as file:
-        data = file.read()
+def _clear(folder: int, name: str) -> None:
+    """Remove what stands in the place of ours, if anything does."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        return
+
+
+def _whole_lines(data: bytes) -> list[str]:
     # A process that was killed may have left half a line.
     return [line.decode("utf-8", "replace") for line in data.split(b"\n") if _entry(line)]
 

@@ -39,7 +39,7 @@ def _cursor_of(number: int) -> str:
 def _number_of(cursor: str) -> int:
     try:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
-        if not text.startswith("n"):
+        if not text.startswith("n") or not text[1:].isdigit():
             raise ValueError(text)
         number = int(text[1:])
     except ValueError as error:

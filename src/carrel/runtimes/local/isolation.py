@@ -162,7 +162,8 @@ def _drop(owner: tuple[int, int] | None) -> list[str]:
     """Where Carrel is root, each session's agent is an unprivileged user of its own."""
     if owner is None:
         return []
-    return [_program("setpriv", "util-linux"), f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups", "--no-new-privs"]
+    user = [f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"]
+    return [_program("setpriv", "util-linux"), *user, "--no-new-privs"]
 
 
 def _program(name: str, package: str) -> str:
@@ -177,8 +178,17 @@ def _program(name: str, package: str) -> str:
 
 
 def _bwrap(network: Network) -> list[str]:
-    flags = [_program("bwrap", "bubblewrap"), "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--unshare-pid", "--unshare-ipc"]
-    flags += ["--unshare-uts", "--hostname", "carrel", "--unshare-cgroup-try", "--die-with-parent", "--new-session"]
+    flags = [_program("bwrap", "bubblewrap"), "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
+    flags += [
+        "--unshare-pid",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--hostname",
+        "carrel",
+        "--unshare-cgroup-try",
+        "--die-with-parent",
+        "--new-session",
+    ]
     if network is Network.GATEWAY_ONLY:
         flags.append("--unshare-net")
     return flags

@@ -19,6 +19,14 @@ from carrel.protocol.bootstrap import Bootstrap
 log = structlog.get_logger(__name__)
 
 
+_ANSWER_SECONDS = 30.0
+_PARENTS = 2
+
+
+class _ParentDied(Exception):
+    """The preloaded parent ended before it answered."""
+
+
 class Nursery:
     """One preloaded parent at a time; a new one is started when it is asked for a runner and is gone."""
 
@@ -47,6 +55,16 @@ class Nursery:
         Raises:
             SandboxLaunchFailed: it could not be forked.
         """
+        for _ in range(_PARENTS):
+            try:
+                return await self._ask(bootstrap)
+            except _ParentDied as error:
+                log.warning("nursery.died", error=str(error))
+                # Asked again, a new one forks at most one runner too: whatever the old one forked holds the lock.
+                await self._gone()
+        raise SandboxLaunchFailed(operator_detail="the preloaded parent died, and so did the next")
+
+    async def _ask(self, bootstrap: Bootstrap) -> int:
         await self._ensure()
         assert self._writer is not None
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -54,11 +72,18 @@ class Nursery:
         try:
             self._writer.write(bootstrap.model_dump_json().encode() + b"\n")
             await self._writer.drain()
-            return await asyncio.wait_for(answer, 30)
-        except (OSError, TimeoutError) as error:
-            raise SandboxLaunchFailed(operator_detail=f"the preloaded parent did not answer: {error!r}") from error
+            return await asyncio.wait_for(answer, _ANSWER_SECONDS)
+        except TimeoutError as error:
+            raise SandboxLaunchFailed(operator_detail="the preloaded parent did not answer") from error
+        except OSError as error:
+            raise _ParentDied(repr(error)) from error
         finally:
             self._asked.pop(bootstrap.sandbox_id, None)
+
+    async def _gone(self) -> None:
+        """Wait until the death of the parent was noticed."""
+        if self._reader is not None:
+            await asyncio.wait({self._reader}, timeout=_ANSWER_SECONDS)
 
     async def _ensure(self) -> None:
         async with self._starting:
@@ -76,7 +101,8 @@ class Nursery:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                    # Each runner writes its own mark over this; see `_show_environment` there.
+                    env={"PATH": os.defpath, "LANG": "C.UTF-8", "CARREL_ROOM": "-" * 256},
                     start_new_session=True,
                 )
             reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=self._max_bytes)
@@ -96,7 +122,7 @@ class Nursery:
                     waiting.set_exception(SandboxLaunchFailed(operator_detail=answer.get("error")))
         for waiting in self._asked.values():
             if not waiting.done():
-                waiting.set_exception(SandboxLaunchFailed(operator_detail="the preloaded parent died"))
+                waiting.set_exception(_ParentDied("it answered nothing"))
         if self._writer is not None:
             self._writer.close()
         if self._process is not None:

@@ -1,0 +1,610 @@
+"""The promises of a `Store` and of the rows in its transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+from carrel import abc
+from carrel.errors import InvalidCursor, SessionNotFound, TurnNotFound
+from carrel.model import (
+    Failure,
+    Sandbox,
+    SandboxStatus,
+    Session,
+    SessionStatus,
+    StopReason,
+    Turn,
+    TurnStatus,
+    Usage,
+    new_id,
+)
+from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent
+from carrel.testing.conformance.checks import collect, must, must_equal, must_raise
+
+__all__ = ["CHECKS", "DURABLE_CHECKS", "OpenStore", "new_event", "new_session", "new_turn"]
+
+OnCommit = Callable[[list[StoredEvent]], None]
+OpenStore = Callable[[OnCommit], AbstractAsyncContextManager[abc.Store]]
+"""Opens a started store that tells `on_commit` what was appended. Each check wants an empty one first."""
+
+CHECKS: dict[str, Callable[[OpenStore], Awaitable[None]]] = {}
+"""What every store promises."""
+DURABLE_CHECKS: dict[str, Callable[[OpenStore], Awaitable[None]]] = {}
+"""What a store promises that keeps rows beyond its own life: here the factory opens the same one again."""
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+def ignore(events: list[StoredEvent]) -> None:
+    """An `on_commit` for those who need not hear."""
+
+
+def new_session(number: int, **changes: Any) -> Session:
+    """A session with something in every column."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "number": number,
+        "owner": "alice",
+        "status": SessionStatus.IDLE,
+        "stop_reason": StopReason.END_TURN,
+        "title": "a title",
+        "spec": {"model": "m", "tools": []},
+        "metadata": {"ключ": ["𝄞", None, 1.5]},
+        "agent_session_id": "a-1",
+        "usage": Usage(input_tokens=3),
+        "cost_usd": 0.25,
+        "error": Failure(code="c", message="m"),
+        "created_at": NOW,
+        "last_active_at": NOW,
+        "ttl_seconds": 60,
+        "expires_at": NOW + timedelta(seconds=60),
+    }
+    return Session(**values | changes)
+
+
+def new_turn(session: Session, number: int, status: TurnStatus = TurnStatus.QUEUED, **changes: Any) -> Turn:
+    """A turn of a session."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "session_id": session.id,
+        "number": number,
+        "status": status,
+        "content": [{"type": "text", "text": "hi"}],
+        "options": {"timeout_seconds": 1.5},
+        "created_at": NOW,
+    }
+    return Turn(**values | changes)
+
+
+def new_sandbox(session: Session, generation: int, status: SandboxStatus, **changes: Any) -> Sandbox:
+    """A sandbox of a session."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "session_id": session.id,
+        "generation": generation,
+        "status": status,
+        "runtime": "fake",
+        "state": {"pid": 1, "path": "/x"},
+        "link_token_hash": "l",
+        "agent_token_hash": new_id(),
+        "created_at": NOW,
+    }
+    return Sandbox(**values | changes)
+
+
+def new_event(text: str, turn_id: str | None = None) -> NewEvent:
+    """An event that says `text`."""
+    return NewEvent.of(MessageAssistant(message_id="m", block=0, text=text), at=NOW, turn_id=turn_id)
+
+
+async def add_session(store: abc.Store, **changes: Any) -> Session:
+    """Store a session under the next number."""
+
+    def work(tx: abc.Transaction) -> Session:
+        session = new_session(tx.sessions.next_number(), **changes)
+        tx.sessions.add(session)
+        return session
+
+    return await store.write(work)
+
+
+def texts(events: list[StoredEvent]) -> list[str]:
+    """What events made by `new_event` say."""
+    return [event.data["text"] for event in events]
+
+
+_check = collect(CHECKS)
+_durable = collect(DURABLE_CHECKS)
+
+
+@_check
+async def what_is_stored_is_read_back(open_store: OpenStore) -> None:
+    """Every column of every entity comes back as it went in, times with their zone."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        turn = new_turn(session, 1, error=Failure(code="x", message="y"), structured_output={"a": [1]}, expires_at=NOW)
+        sandbox = new_sandbox(session, 1, SandboxStatus.LIVE)
+
+        def work(tx: abc.Transaction) -> None:
+            tx.turns.add(turn)
+            tx.sandboxes.add(sandbox)
+
+        await store.write(work)
+        must_equal(await store.read(lambda tx: tx.sessions.get(session.id)), session, "the session comes back")
+        must_equal(await store.read(lambda tx: tx.turns.get(turn.id)), turn, "the turn comes back")
+        must_equal(await store.read(lambda tx: tx.sandboxes.get(sandbox.id)), sandbox, "the sandbox comes back")
+        elsewhere = NOW.astimezone(timezone(timedelta(hours=9)))
+        changed = await store.write(lambda tx: tx.sessions.update(session.id, last_active_at=elsewhere))
+        must_equal(changed.last_active_at.isoformat(), NOW.isoformat(), "times come back in UTC")
+
+
+@_check
+async def what_is_not_there_is_said(open_store: OpenStore) -> None:
+    """A read of nothing answers None; a change of nothing raises."""
+    async with open_store(ignore) as store:
+        must(await store.read(lambda tx: tx.sessions.get("no")) is None, "no session is None")
+        must(await store.read(lambda tx: tx.turns.get("no")) is None, "no turn is None")
+        must(await store.read(lambda tx: tx.sandboxes.get("no")) is None, "no sandbox is None")
+        change = store.write(lambda tx: tx.sessions.update("no", title="t"))
+        await must_raise(SessionNotFound, change, "a change of no session")
+        await must_raise(TurnNotFound, store.write(lambda tx: tx.turns.update("no", num_turns=1)), "of no turn")
+        append = store.write(lambda tx: tx.events.append("no", [new_event("x")]))
+        await must_raise(SessionNotFound, append, "an event of no session")
+        await store.write(lambda tx: tx.sandboxes.update("no", status=SandboxStatus.GONE))
+
+
+@_check
+async def a_failed_transaction_changes_nothing(open_store: OpenStore) -> None:
+    """What raised comes out, nothing is stored and nothing published."""
+    told: list[StoredEvent] = []
+    async with open_store(told.extend) as store:
+        session = await add_session(store)
+
+        def work(tx: abc.Transaction) -> None:
+            tx.sessions.update(session.id, title="changed")
+            tx.events.append(session.id, [new_event("never")])
+            raise LookupError("on purpose")
+
+        await must_raise(LookupError, store.write(work), "the error comes out of write")
+        must_equal(await store.read(lambda tx: tx.sessions.get(session.id)), session, "nothing changed")
+        must_equal(await store.read(lambda tx: tx.events.page(session.id, after=0, limit=9)), [], "nothing appended")
+        must_equal(told, [], "nothing published")
+
+
+@_check
+async def a_failure_is_its_own(open_store: OpenStore) -> None:
+    """Of transactions at the same time, one that fails takes back its own work alone."""
+    told: list[StoredEvent] = []
+    async with open_store(told.extend) as store:
+        session = await add_session(store)
+
+        def work(tx: abc.Transaction, i: int) -> None:
+            tx.events.append(session.id, [new_event(str(i))])
+            if i % 3 == 0:
+                raise LookupError(str(i))
+
+        writes = [store.write(lambda tx, i=i: work(tx, i)) for i in range(60)]  # type: ignore[misc]
+        answers = await asyncio.gather(*writes, return_exceptions=True)
+        must_equal([i for i, answer in enumerate(answers) if answer is not None], list(range(0, 60, 3)), "those failed")
+        stored = await store.read(lambda tx: tx.events.page(session.id, after=0, limit=100))
+        must_equal([event.seq for event in stored], list(range(1, 41)), "numbers have no gaps")
+        must_equal(set(texts(stored)), {str(i) for i in range(60) if i % 3}, "the others are stored")
+        must_equal([e.seq for e in told], [e.seq for e in stored], "they alone are published, in order")
+
+
+@_check
+async def events_are_numbered_without_gaps(open_store: OpenStore) -> None:
+    """From 1, in the order of commits, whoever writes; and the session knows the last."""
+    async with open_store(ignore) as store:
+        one, two = await add_session(store), await add_session(store)
+
+        async def write(session: Session, i: int) -> None:
+            stored = await store.write(lambda tx: tx.events.append(session.id, [new_event(str(i)), new_event("b")]))
+            must_equal(stored[1].seq, stored[0].seq + 1, "numbers within a transaction follow each other")
+
+        await asyncio.gather(*(write(session, i) for i in range(50) for session in (one, two)))
+        for session in (one, two):
+            stored = await store.read(lambda tx, s=session.id: tx.events.page(s, after=0, limit=1000))  # type: ignore[misc]
+            must_equal([event.seq for event in stored], list(range(1, 101)), "each session counts for itself")
+            now = await store.read(lambda tx, s=session.id: tx.sessions.get(s))  # type: ignore[misc]
+            must(now is not None and now.last_seq == 100, "last_seq is the last event's")
+
+
+@_check
+async def events_are_published_after_the_commit(open_store: OpenStore) -> None:
+    """Before `write` returns, in the order of commits, in the event loop's thread, and only what can be read."""
+    told: list[int] = []
+    loops: list[object] = []
+
+    def hear(events: list[StoredEvent]) -> None:
+        loops.append(asyncio.get_running_loop())
+        told.extend(event.seq for event in events)
+
+    async with open_store(hear) as store:
+        session = await add_session(store)
+        for i in range(1, 6):
+            await store.write(lambda tx: tx.events.append(session.id, [new_event("x")]))
+            must_equal(told, list(range(1, i + 1)), "published before write returns")
+        writes = [store.write(lambda tx: tx.events.append(session.id, [new_event("y")])) for _ in range(95)]
+        await asyncio.gather(*writes)
+        must_equal(told, list(range(1, 101)), "published in the order of commits")
+        must_equal(set(loops), {asyncio.get_running_loop()}, "published in the event loop")
+
+
+@_check
+async def a_cancelled_write_leaves_the_store_whole(open_store: OpenStore) -> None:
+    """Whoever waits for a write may go away: what was committed is published, and later writes go on."""
+    told: list[StoredEvent] = []
+    async with open_store(told.extend) as store:
+        session = await add_session(store)
+        tasks = [
+            asyncio.ensure_future(store.write(lambda tx: tx.events.append(session.id, [new_event("x")])))
+            for _ in range(20)
+        ]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await store.write(lambda tx: tx.events.append(session.id, [new_event("last")]))
+        stored = await store.read(lambda tx: tx.events.page(session.id, after=0, limit=100))
+        must_equal([e.seq for e in told], [e.seq for e in stored], "what is stored is what was published")
+        must_equal(stored[-1].data["text"], "last", "later writes go on")
+
+
+@_check
+async def a_page_of_events_is_bounded(open_store: OpenStore) -> None:
+    """By number, by turn and by size, and it holds at least one event."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        events = [new_event("x" * 1000, turn_id=f"t{i % 2}") for i in range(10)]
+        await store.write(lambda tx: tx.events.append(session.id, events))
+
+        async def seqs(**options: Any) -> list[int]:
+            found = await store.read(lambda tx: tx.events.page(session.id, **options))
+            return [event.seq for event in found]
+
+        must_equal(await seqs(after=3, limit=4), [4, 5, 6, 7], "after and limit")
+        must_equal(await seqs(after=10, limit=4), [], "nothing after the last")
+        must_equal(await seqs(after=2, limit=2, turn_id="t0"), [3, 5], "of one turn")
+        must_equal(await seqs(after=0, limit=9, max_bytes=1), [1], "at least one")
+        must_equal(await seqs(after=0, limit=9, max_bytes=2500), [1, 2, 3], "no more once the size is passed")
+        must_equal(await seqs(after=2**62, limit=9), [], "after a number nobody has")
+
+
+@_check
+async def every_text_comes_back(open_store: OpenStore) -> None:
+    """Every plane of Unicode, quotes, braces, control characters, and a text of megabytes."""
+    wanted = ["𝄞 € ÿ ا 漢 \u0000 \u2028 \x7f", "\"'{}[]%s;--\\n\\", "é" * 3_000_000, ""]
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        await store.write(lambda tx: tx.events.append(session.id, [new_event(text) for text in wanted]))
+        stored = await store.read(lambda tx: tx.events.page(session.id, after=0, limit=9))
+        must(texts(stored) == wanted, "texts come back as they were")
+        must_equal(json.loads(stored[0].json())["data"]["text"], wanted[0], "and so does their JSON")
+        lines = [json.dumps({"uuid": str(i), "text": text}) for i, text in enumerate(wanted)]
+        await store.write(lambda tx: tx.transcripts.append(session.id, subpath="", turn_id=None, lines=lines))
+        found = await store.read(lambda tx: tx.transcripts.page(session.id, "", after=0, limit=9))
+        must([line for _, line in found] == lines, "lines of a transcript come back exactly")
+
+
+@_check
+async def sessions_are_listed_newest_first(open_store: OpenStore) -> None:
+    """A page at a time; sessions that are added meanwhile change no later page."""
+    async with open_store(ignore) as store:
+        made = [await add_session(store, owner="alice" if i % 2 else "bob") for i in range(20)]
+        await store.write(lambda tx: tx.sessions.update(made[3].id, status=SessionStatus.STOPPED))
+
+        async def listed(which: abc.SessionFilter, limit: int) -> list[str]:
+            found: list[str] = []
+            cursor: str | None = None
+            while True:
+                page = await store.read(lambda tx, c=cursor: tx.sessions.page(which, cursor=c, limit=limit))  # type: ignore[misc]
+                must(len(page.items) <= limit, "a page is bounded")
+                found += [session.id for session in page.items]
+                cursor = page.next_cursor
+                if cursor is None:
+                    return found
+                await add_session(store, owner="carol")
+
+        newest = [session.id for session in reversed(made)]
+        must_equal(await listed(abc.SessionFilter(), 7), newest, "all, newest first")
+        of_alice = await listed(abc.SessionFilter(owner="alice"), 3)
+        must_equal(of_alice, [s.id for s in reversed(made) if s.owner == "alice"], "of one owner")
+        exact = await listed(abc.SessionFilter(owner="bob"), 10)
+        must_equal(len(exact), 10, "a last page that is full has no next one")
+        stopped = await listed(abc.SessionFilter(status=SessionStatus.STOPPED), 5)
+        must_equal(stopped, [made[3].id], "of one status")
+
+
+@_check
+async def a_cursor_of_nobodys_is_refused(open_store: OpenStore) -> None:
+    """Whatever a caller sends as a cursor, the answer is InvalidCursor or a page."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        for cursor in (
+            "",
+            "x",
+            "é",
+            "bjk5OTk5OTk5OTk5OTk5OTk5OTk5OTk5",
+            "====",
+            "bi0x",
+            "bjFfMA",
+            "\x00",
+            "a" * 10_000,
+        ):
+            sessions = store.read(lambda tx, c=cursor: tx.sessions.page(abc.SessionFilter(), cursor=c, limit=5))  # type: ignore[misc]
+            await must_raise(InvalidCursor, sessions, f"the cursor {cursor[:20]!r} of sessions")
+            turns = store.read(lambda tx, c=cursor: tx.turns.page(session.id, cursor=c, limit=5))  # type: ignore[misc]
+            await must_raise(InvalidCursor, turns, f"the cursor {cursor[:20]!r} of turns")
+
+
+@_check
+async def session_numbers_are_never_reused(open_store: OpenStore) -> None:
+    """Also after the newest session was deleted."""
+    async with open_store(ignore) as store:
+        first = await add_session(store)
+        await store.write(lambda tx: tx.sessions.remove(first.id))
+        numbers = await asyncio.gather(*(store.write(lambda tx: tx.sessions.next_number()) for _ in range(20)))
+        must_equal(sorted(numbers), list(range(first.number + 1, first.number + 21)), "each number once")
+
+
+@_check
+async def turns_wait_in_order(open_store: OpenStore) -> None:
+    """`queued` in order, `live` the one that runs or waits for a person, numbers from 1."""
+    async with open_store(ignore) as store:
+        session, other = await add_session(store), await add_session(store)
+
+        def work(tx: abc.Transaction) -> list[Turn]:
+            must_equal(tx.turns.next_number(session.id), 1, "turns count from 1")
+            made = [new_turn(session, n) for n in (1, 2, 3, 4)]
+            for turn in reversed(made):
+                tx.turns.add(turn)
+            tx.turns.add(new_turn(other, 1))
+            return made
+
+        made = await store.write(work)
+        must_equal(await store.read(lambda tx: list(tx.turns.queued(session.id))), made, "queued in order")
+        must(await store.read(lambda tx: tx.turns.live(session.id)) is None, "a queued turn is not live")
+        for status in (TurnStatus.RUNNING, TurnStatus.WAITING):
+            live = await store.write(lambda tx, s=status: tx.turns.update(made[0].id, status=s))  # type: ignore[misc]
+            must_equal(await store.read(lambda tx: tx.turns.live(session.id)), live, "the live turn")
+        await store.write(lambda tx: tx.turns.update(made[0].id, status=TurnStatus.SUCCEEDED))
+        must(await store.read(lambda tx: tx.turns.live(session.id)) is None, "an ended turn is not live")
+        must_equal(await store.read(lambda tx: len(tx.turns.queued(session.id))), 3, "three are left")
+        must_equal(await store.read(lambda tx: tx.turns.next_number(session.id)), 5, "the next number")
+        page = await store.read(lambda tx: tx.turns.page(session.id, cursor=None, limit=3))
+        rest = await store.read(lambda tx: tx.turns.page(session.id, cursor=page.next_cursor, limit=3))
+        must_equal([t.number for t in [*page.items, *rest.items]], [4, 3, 2, 1], "newest first, a page at a time")
+        must(rest.next_cursor is None, "the last page says so")
+
+
+@_check
+async def the_current_sandbox_is_the_newest(open_store: OpenStore) -> None:
+    """Of those not gone; an agent's token opens nothing once its sandbox is gone."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        gone, old, new = (
+            new_sandbox(session, 3, SandboxStatus.GONE),
+            new_sandbox(session, 1, SandboxStatus.ENDING),
+            new_sandbox(session, 2, SandboxStatus.LIVE),
+        )
+        must(await store.read(lambda tx: tx.sandboxes.current(session.id)) is None, "at first there is none")
+        for sandbox in (gone, new, old):
+            await store.write(lambda tx, s=sandbox: tx.sandboxes.add(s))  # type: ignore[misc]
+        must_equal(await store.read(lambda tx: tx.sandboxes.current(session.id)), new, "the newest that is not gone")
+        ids = await store.read(lambda tx: {sandbox.id for sandbox in tx.sandboxes.not_gone()})
+        must_equal(ids, {old.id, new.id}, "those not gone")
+        found = await store.read(lambda tx: tx.sandboxes.by_agent_token(new.agent_token_hash))
+        must_equal(found, new, "found by its agent's token")
+        must(await store.read(lambda tx: tx.sandboxes.by_agent_token(gone.agent_token_hash)) is None, "gone is gone")
+        must(await store.read(lambda tx: tx.sandboxes.by_agent_token("")) is None, "no token, no sandbox")
+
+
+@_check
+async def the_mark_of_frames_never_goes_back(open_store: OpenStore) -> None:
+    """`advance` answers the mark before, and keeps the higher one."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        sandbox = new_sandbox(session, 1, SandboxStatus.LIVE)
+        await store.write(lambda tx: tx.sandboxes.add(sandbox))
+        answers = [await store.write(lambda tx, n=n: tx.sandboxes.advance(sandbox.id, n)) for n in (5, 3, 5, 9)]  # type: ignore[misc]
+        must_equal(answers, [0, 5, 5, 5], "the mark before")
+        now = await store.read(lambda tx: tx.sandboxes.get(sandbox.id))
+        must(now is not None and now.acked == 9, "the highest is kept")
+
+
+@_check
+async def a_line_of_a_transcript_is_stored_once(open_store: OpenStore) -> None:
+    """By its uuid within its file; lines without one are all kept; order is kept."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+
+        def lines(*uuids: str | None) -> list[str]:
+            return [json.dumps({"uuid": u, "n": i} if u else {"n": i}) for i, u in enumerate(uuids)]
+
+        async def put(subpath: str, given: list[str]) -> None:
+            await store.write(lambda tx: tx.transcripts.append(session.id, subpath=subpath, turn_id="t", lines=given))
+
+        await put("", lines("a", "b", None))
+        await put("", lines("b", "c", None, "c"))
+        await put("subagents/x", lines("a"))
+        await put("", ["not JSON", "[1]", '"text"'])
+        found = await store.read(lambda tx: tx.transcripts.page(session.id, "", after=0, limit=100))
+        uuids = [value.get("uuid") for _, line in found[:5] if isinstance(value := json.loads(line), dict)]
+        must_equal(uuids, ["a", "b", None, "c", None], "each uuid once, in order")
+        must_equal([line for _, line in found[5:]], ["not JSON", "[1]", '"text"'], "whatever is a line is kept")
+        must_equal([n for n, _ in found], sorted({n for n, _ in found}), "positions rise")
+        after = await store.read(lambda tx: tx.transcripts.page(session.id, "", after=found[1][0], limit=2))
+        must_equal(after, found[2:4], "a page after a position")
+        subpaths = await store.read(lambda tx: list(tx.transcripts.subpaths(session.id)))
+        must_equal(subpaths, ["", "subagents/x"], "the files")
+
+
+@_check
+async def a_transcript_is_copied_to_a_turns_end(open_store: OpenStore) -> None:
+    """With one id put for another, and later turns left out."""
+    async with open_store(ignore) as store:
+        source, target, whole = [await add_session(store) for _ in range(3)]
+        turns = [new_turn(source, n, TurnStatus.SUCCEEDED) for n in (1, 2, 3)]
+
+        def work(tx: abc.Transaction) -> None:
+            for turn in turns:
+                tx.turns.add(turn)
+                line = json.dumps({"uuid": turn.id, "sessionId": "old-id", "n": turn.number})
+                tx.transcripts.append(source.id, subpath="", turn_id=turn.id, lines=[line])
+            tx.transcripts.append(source.id, subpath="sub", turn_id=turns[2].id, lines=["{}"])
+            tx.transcripts.copy(source.id, target.id, up_to_turn=turns[1].id, replace=("old-id", "new-id"))
+            tx.transcripts.copy(source.id, whole.id, up_to_turn=None, replace=None)
+
+        await store.write(work)
+        copied = await store.read(lambda tx: tx.transcripts.page(target.id, "", after=0, limit=9))
+        values = [json.loads(line) for _, line in copied]
+        must_equal([(v["n"], v["sessionId"]) for v in values], [(1, "new-id"), (2, "new-id")], "to the turn's end")
+        must_equal(await store.read(lambda tx: list(tx.transcripts.subpaths(target.id))), [""], "later files are not")
+        must_equal(await store.read(lambda tx: list(tx.transcripts.subpaths(whole.id))), ["", "sub"], "all of it")
+        left = await store.read(lambda tx: tx.transcripts.page(source.id, "", after=0, limit=9))
+        must_equal(len(left), 3, "the source stays as it was")
+
+
+@_check
+async def usage_is_summed(open_store: OpenStore) -> None:
+    """Tokens and cost of a turn; one part of unknown cost makes the sum unknown."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+
+        def record(turn_id: str, cost: float | None) -> abc.UsageRecord:
+            usage = Usage(input_tokens=1, output_tokens=2, cache_creation_input_tokens=3, cache_read_input_tokens=4)
+            return abc.UsageRecord(
+                id=new_id(), session_id=session.id, turn_id=turn_id, model="m", usage=usage, cost_usd=cost, at=NOW
+            )
+
+        for item in (record("known", 0.5), record("known", 0.25), record("unknown", 0.5), record("unknown", None)):
+            await store.write(lambda tx, r=item: tx.usage.add(r))  # type: ignore[misc]
+        twice = Usage(input_tokens=2, output_tokens=4, cache_creation_input_tokens=6, cache_read_input_tokens=8)
+        must_equal(await store.read(lambda tx: tx.usage.of_turn("known")), (twice, 0.75, 2), "the sums")
+        must_equal(await store.read(lambda tx: tx.usage.of_turn("unknown")), (twice, None, 2), "unknown cost")
+        usage, _, requests = await store.read(lambda tx: tx.usage.of_turn("none"))
+        must_equal((usage, requests), (Usage(), 0), "nothing spent")
+
+
+@_check
+async def a_request_is_reserved_once(open_store: OpenStore) -> None:
+    """The first of two with a principal and key is stored; the second is told of it."""
+    async with open_store(ignore) as store:
+        record = abc.IdempotencyRecord(
+            principal="p", key="k", fingerprint="f", boot_id="b", object_id=None, status=None, body=None, created_at=NOW
+        )
+        later = replace(record, fingerprint="other")
+        answers = await asyncio.gather(
+            store.write(lambda tx: tx.idempotency.reserve(record)),
+            store.write(lambda tx: tx.idempotency.reserve(later)),
+        )
+        must_equal(answers, [None, record], "the first one wins")
+        other = replace(record, principal="q", created_at=NOW + timedelta(days=1))
+        must(await store.write(lambda tx: tx.idempotency.reserve(other)) is None, "another principal's is another")
+        await store.write(lambda tx: tx.idempotency.update("p", "k", object_id="o", status=201, body="{}"))
+        done = await store.write(lambda tx: tx.idempotency.reserve(later))
+        must_equal(done, replace(record, object_id="o", status=201, body="{}"), "its answer is kept")
+        await store.write(lambda tx: tx.idempotency.prune(NOW + timedelta(hours=1)))
+        must(await store.write(lambda tx: tx.idempotency.reserve(later)) is None, "old ones are forgotten")
+        must_equal(await store.write(lambda tx: tx.idempotency.reserve(other)), other, "young ones are not")
+        await store.write(lambda tx: tx.idempotency.remove("q", "k"))
+        must(await store.write(lambda tx: tx.idempotency.reserve(other)) is None, "removed is forgotten")
+
+
+@_check
+async def a_deleted_session_is_gone(open_store: OpenStore) -> None:
+    """Marked: not found, not listed, still to be removed. Removed: every row of it, and of it alone."""
+    async with open_store(ignore) as store:
+        session, other = await add_session(store), await add_session(store)
+
+        def fill(tx: abc.Transaction, s: Session) -> None:
+            tx.turns.add(new_turn(s, 1))
+            tx.events.append(s.id, [new_event("x")])
+            tx.transcripts.append(s.id, subpath="", turn_id=None, lines=["{}"])
+            tx.sandboxes.add(new_sandbox(s, 1, SandboxStatus.LIVE))
+
+        def count(tx: abc.Transaction, s: Session) -> tuple[int, int, int, bool]:
+            return (
+                len(tx.turns.queued(s.id)),
+                len(tx.events.page(s.id, after=0, limit=9)),
+                len(tx.transcripts.page(s.id, "", after=0, limit=9)),
+                tx.sandboxes.current(s.id) is not None,
+            )
+
+        for s in (session, other):
+            await store.write(lambda tx, s=s: fill(tx, s))  # type: ignore[misc]
+        await store.write(lambda tx: tx.sessions.mark_deleting(session.id))
+        must(await store.read(lambda tx: tx.sessions.get(session.id)) is None, "a marked session is not found")
+        change = store.write(lambda tx: tx.sessions.update(session.id, title="x"))
+        await must_raise(SessionNotFound, change, "a marked session is not changed")
+        listed = await store.read(lambda tx: tx.sessions.page(abc.SessionFilter(), cursor=None, limit=9))
+        must_equal([s.id for s in listed.items], [other.id], "a marked session is not listed")
+        must(await store.read(lambda tx: tx.sessions.deleting(session.id)), "it is still to be removed")
+        must(session.id in await store.read(lambda tx: tx.sessions.unsettled(NOW)), "and is found as unsettled")
+        must_equal(await store.read(lambda tx: count(tx, session)), (1, 1, 1, True), "its rows are still there")
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must_equal(await store.read(lambda tx: count(tx, session)), (0, 0, 0, False), "then every row is gone")
+        must(not await store.read(lambda tx: tx.sessions.deleting(session.id)), "and nothing is left to remove")
+        must_equal(await store.read(lambda tx: count(tx, other)), (1, 1, 1, True), "another session's are not")
+
+
+@_check
+async def unsettled_sessions_are_found(open_store: OpenStore) -> None:
+    """Those that look alive, have a turn queued or running, or whose time is over; no others."""
+    async with open_store(ignore) as store:
+        live = [
+            await add_session(store, status=status, expires_at=None)
+            for status in (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING, SessionStatus.WAITING)
+        ]
+        queued, running = [await add_session(store, expires_at=None) for _ in range(2)]
+        over = await add_session(store, expires_at=NOW)
+        await add_session(store, expires_at=NOW + timedelta(seconds=1))
+        for status in (SessionStatus.IDLE, SessionStatus.STOPPED, SessionStatus.FAILED):
+            done = await add_session(store, status=status, expires_at=None)
+            await store.write(lambda tx, s=done: tx.turns.add(new_turn(s, 1, TurnStatus.FAILED)))  # type: ignore[misc]
+        await store.write(lambda tx: tx.turns.add(new_turn(queued, 1)))
+        await store.write(lambda tx: tx.turns.add(new_turn(running, 1, TurnStatus.RUNNING)))
+        found = await store.read(lambda tx: list(tx.sessions.unsettled(NOW)))
+        must_equal(len(found), len(set(found)), "each once")
+        must_equal(set(found), {s.id for s in [*live, queued, running, over]}, "those and no others")
+
+
+@_durable
+async def rows_outlive_the_store(open_store: OpenStore) -> None:
+    """What was written is there when the store is opened again, and numbers go on."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        await store.write(lambda tx: tx.events.append(session.id, [new_event("before")]))
+    async with open_store(ignore) as store:
+        again = await store.read(lambda tx: tx.sessions.get(session.id))
+        must_equal(again, session.model_copy(update={"last_seq": 1}), "the session is there")
+        stored = await store.write(lambda tx: tx.events.append(session.id, [new_event("after")]))
+        must_equal(stored[0].seq, 2, "numbers go on")
+        number = await store.write(lambda tx: tx.sessions.next_number())
+        must_equal(number, session.number + 1, "session numbers go on")
+
+
+@_durable
+async def a_read_changes_nothing(open_store: OpenStore) -> None:
+    """A reader sees whole commits while others write, and holds no writer up."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+
+        def both(tx: abc.Transaction, i: int) -> None:
+            tx.sessions.update(session.id, title=str(i), metadata={"i": str(i)})
+
+        def torn(tx: abc.Transaction) -> bool:
+            now = tx.sessions.get(session.id)
+            return now is not None and now.title != "a title" and now.metadata != {"i": now.title}
+
+        writes = [store.write(lambda tx, i=i: both(tx, i)) for i in range(100)]  # type: ignore[misc]
+        reads = [store.read(torn) for _ in range(100)]
+        answers = await asyncio.gather(*writes, *reads)
+        must(not any(answers[100:]), "no half of a transaction is seen")

@@ -1,0 +1,153 @@
+"""A whole gateway without HTTP, model and CLI: the real store, bus, hub, owner and service over fake sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from carrel import abc
+from carrel.buses import MemoryBus
+from carrel.model import Session, SessionStatus, Turn
+from carrel.protocol.events import StoredEvent
+from carrel.protocol.results import TurnResult
+from carrel.protocol.spec import CreateSession, CreateTurn
+from carrel.sessions.hub import Hub
+from carrel.sessions.live import Live
+from carrel.sessions.owner import Owner, OwnerOptions
+from carrel.sessions.reconciler import Reconciler
+from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.service import ServiceOptions, SessionService
+from carrel.sessions.streams import Streams
+from carrel.store import SqliteStore
+from carrel.testing.fakes import FakeHost, FakeRuntime
+from carrel.workspaces.folders import Folders
+
+__all__ = ["FakeGateway"]
+
+_PATIENCE_SECONDS = 20.0
+
+
+class FakeGateway:
+    """`async with FakeGateway(host, folder) as gateway`. Another one over the same folder is the same one restarted."""
+
+    service: SessionService
+    store: abc.Store
+    streams: Streams
+    reconciler: Reconciler
+
+    def __init__(
+        self,
+        host: FakeHost,
+        folder: Path,
+        *,
+        principal: str = "alice",
+        owner_options: OwnerOptions = OwnerOptions(),
+        service_options: ServiceOptions = ServiceOptions(),
+        wrap_store: Callable[[abc.Store], abc.Store] = lambda store: store,
+        wrap_bus: Callable[[abc.EventBus], abc.EventBus] = lambda bus: bus,
+        wrap_runtime: Callable[[abc.Runtime], abc.Runtime] = lambda runtime: runtime,
+        check_model: Callable[[], object] = lambda: None,
+        buffer_bytes: int = 4 * 1024 * 1024,
+    ) -> None:
+        """Wire a gateway; nothing is started before it is entered.
+
+        Args:
+            host: where its sandboxes run.
+            folder: where its rows and files are.
+            principal: who the short calls below speak for.
+            owner_options: time limits.
+            service_options: bounds of what callers may do.
+            wrap_store: puts something between the gateway and its store; likewise for bus and runtime.
+            wrap_bus: see there.
+            wrap_runtime: see there.
+            check_model: raises a CarrelError while no turn could reach the model.
+            buffer_bytes: how much waits for a viewer that does not read.
+        """
+        self.host = host
+        self.principal = principal
+        self.bus = wrap_bus(MemoryBus())
+        self.live = Live(self.bus)
+        self.runtime = wrap_runtime(FakeRuntime(host))
+        self.folders = Folders(folder / "sessions", first_uid=None)
+        self.scheduler: Scheduler
+        self.store = wrap_store(SqliteStore(folder / "carrel.db", on_commit=self.live.stored))
+        self.hub = Hub(self.store, self.live, lambda session_id: self.scheduler.poke(session_id))
+        self.owner = Owner(
+            self.store,
+            self.runtime,
+            self.folders,
+            self.hub,
+            check_model=check_model,
+            run_blocking=asyncio.to_thread,
+            options=owner_options,
+        )
+        self.scheduler = Scheduler(self.owner.step)
+        self.streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer_bytes)
+        self.service = SessionService(
+            self.store,
+            self.streams,
+            self.owner,
+            self.scheduler,
+            self.hub,
+            self.folders,
+            run_blocking=asyncio.to_thread,
+            options=service_options,
+        )
+        self.reconciler = Reconciler(self.store, self.runtime, self.scheduler)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> FakeGateway:
+        for part in (self.bus, self.store, self.runtime, self.scheduler):
+            await part.start(self._stack)
+        self.host.connect(self.hub.serve)
+        self._stack.push_async_callback(self.host.disconnect)
+        await self.reconciler.start(self._stack)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    # ----------------------------------------------------------------------------------------------------- short calls
+
+    async def create(self, **options: Any) -> Session:
+        """A new session."""
+        return await self.service.create(self.principal, CreateSession(**options))
+
+    async def prompt(self, session_id: str, prompt: str, **options: Any) -> Turn:
+        """Queue a prompt."""
+        turn, _ = await self.service.create_turn(self.principal, session_id, CreateTurn(prompt=prompt, **options))
+        return turn
+
+    async def run(self, session_id: str, prompt: str, **options: Any) -> TurnResult:
+        """Queue a prompt and wait for what comes of it."""
+        turn = await self.prompt(session_id, prompt, **options)
+        return await self.ended(turn)
+
+    async def ended(self, turn: Turn) -> TurnResult:
+        """Wait for the end of a turn."""
+        waiting = self.service.wait_for_turn(self.principal, turn.session_id, turn.id, after=0)
+        return await asyncio.wait_for(waiting, _PATIENCE_SECONDS)
+
+    async def session(self, session_id: str) -> Session:
+        """The session as it is now."""
+        return await self.service.get(self.principal, session_id)
+
+    async def until(self, session_id: str, status: SessionStatus) -> Session:
+        """Wait until the session has this status."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while (session := await self.session(session_id)).status is not status:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{session_id} is {session.status} and not {status}")
+            await asyncio.sleep(0.005)
+        return session
+
+    async def log(self, session_id: str) -> list[StoredEvent]:
+        """Every event of the session, the deleted ones' too while their rows are there."""
+        return await self.store.read(lambda tx: tx.events.page(session_id, after=0, limit=100_000))

@@ -1,0 +1,224 @@
+"""The gateway dies at any instant, and nothing is lost, doubled or forgotten."""
+
+import asyncio
+import contextlib
+import json
+import random
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap"), pytest.mark.timeout(180)]
+
+Json = dict[str, Any]
+
+FIRST = (
+    "[[say: begin]] [[bash: echo first >> effects.txt]] [[count: 24 @40]] "
+    "[[parallel: echo second >> effects.txt | echo third >> effects.txt]] [[say: end]]"
+)
+SECOND = "[[write: a.txt | text]] [[bash: cat a.txt; echo fourth >> effects.txt]]"
+
+# What may differ between a run and its broken twin: the requests to the model and what the agent says of them.
+_ASIDE = {"usage.recorded", "message.system", "message.assistant", "thinking", "error", "agent.initialised"}
+
+
+def skeleton(events: list[Json]) -> list[Any]:
+    """The events without ids, times and remade messages."""
+    turns: dict[str, int] = {}
+    found = []
+    for event in events:
+        if event["type"] in _ASIDE:
+            continue
+        turn = turns.setdefault(event["turn_id"], len(turns)) if event["turn_id"] else None
+        data = dict(event["data"])
+        for name in ("id", "message_id", "block", "usage", "cost_usd", "duration_ms", "num_turns"):
+            data.pop(name, None)
+        found.append((event["type"], turn, json.dumps(data, sort_keys=True)))
+    return found
+
+
+def said(events: list[Json]) -> str:
+    return "".join(e["data"]["text"] for e in events if e["type"] == "message.assistant")
+
+
+class Scenario:
+    """Two turns, a viewer who stays as long as the server lets it, and whatever happens meanwhile."""
+
+    def __init__(self, victim: Any) -> None:
+        self.victim = victim
+        self.session = ""
+        self.turns: list[str] = []
+        self.seen: list[Json] = []
+
+    async def begin(self) -> None:
+        async with await self.victim.client() as http:
+            self.session = (await http.post("/sessions", json={}, headers={"Idempotency-Key": "s"})).json()["id"]
+
+    async def ask(self) -> None:
+        """Send both prompts, as often as it takes for both to be accepted."""
+        for key, prompt in (("one", FIRST), ("two", SECOND)):
+            while len(self.turns) < (1 if key == "one" else 2):
+                with contextlib.suppress(httpx.HTTPError, ConnectionError):
+                    async with await self.victim.client() as http:
+                        answer = await http.post(
+                            f"/sessions/{self.session}/turns",
+                            json={"prompt": prompt},
+                            headers={"Idempotency-Key": key},
+                        )
+                        assert answer.status_code == 202, answer.text
+                        self.turns.append(answer.json()["id"])
+                await asyncio.sleep(0.01)
+
+    async def watch(self) -> None:
+        """Follow the events to the end of the second turn, through every restart, from the last one seen."""
+        while True:
+            with contextlib.suppress(httpx.HTTPError, ConnectionError):
+                async with await self.victim.client() as http:
+                    headers = {"Accept": "text/event-stream"}
+                    if self.seen:
+                        headers["Last-Event-ID"] = str(self.seen[-1]["seq"])
+                    url = f"/sessions/{self.session}/events?deltas=true"
+                    async with http.stream("GET", url, headers=headers) as stream:
+                        event = ""
+                        async for line in stream.aiter_lines():
+                            if line.startswith("event: "):
+                                event = line[7:]
+                            elif line.startswith("data: ") and event != "delta":
+                                self.seen.append(json.loads(line[6:]))
+                                if self._over():
+                                    return
+            await asyncio.sleep(0.01)
+
+    def _over(self) -> bool:
+        ended = [event for event in self.seen if event["type"] == "turn.completed"]
+        return len(ended) == 2 and self.seen[-1]["type"] == "session.status_changed"
+
+    async def keep_alive(self) -> None:
+        """Start the server again whenever it has died."""
+        while True:
+            if self.victim.dead:
+                self.victim.start()
+            await asyncio.sleep(0.01)
+
+    async def run(self, murder: Any = None) -> list[Json]:
+        """Everything, to the end; answers the stored events."""
+        await self.begin()
+        tasks = [asyncio.create_task(self.keep_alive(), name="keep-alive")]
+        if murder is not None:
+            tasks.append(asyncio.create_task(murder, name="murder"))
+        try:
+            async with asyncio.timeout(100):
+                await asyncio.gather(self.watch(), self.ask())
+            async with await self.victim.client() as http:
+                stored = (await http.get(f"/sessions/{self.session}/events?limit=1000")).json()["data"]
+                effects = (await http.get(f"/sessions/{self.session}/files/effects.txt")).text
+                again = await http.post(
+                    f"/sessions/{self.session}/turns", json={"prompt": "do you remember?", "wait": True}
+                )
+        except TimeoutError:
+            types = [(event["seq"], event["type"]) for event in self.seen]
+            raise AssertionError(f"not over: {types}\n{self.victim.log()[-4000:]}") from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert sorted(effects.split()) == ["first", "fourth", "second", "third"], effects
+        assert "turn 3" in again.json()["text"], again.text
+        assert [event["seq"] for event in stored] == list(range(1, len(stored) + 1))
+        assert self.seen == stored[: len(self.seen)]
+        return stored
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> dict[str, Any]:
+    """Filled by the first test that needs it: the events of a run in which nothing dies."""
+    return {}
+
+
+async def _unbroken(memory: dict[str, Any], victim: Any) -> list[Any]:
+    if "skeleton" not in memory:
+        victim.start()
+        events = await Scenario(victim).run()
+        memory["skeleton"] = skeleton(events)
+        memory["said"] = said(events)
+        await asyncio.to_thread(victim.stop)
+        for path in sorted(victim.data.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    found: list[Any] = memory["skeleton"]
+    return found
+
+
+POINTS = [
+    "turn.stored",
+    "sandbox.stored",
+    "sandbox.forked",
+    "bind.sent",
+    "turn.started",
+    "frames.received:3",
+    "frames.stored:4",
+    "frames.acked:5",
+    "delta.published:10",
+    "tool.called",
+    "tool.finished",
+    "usage.recorded:2",
+]
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_killed_at_a_named_point(victim, unbroken, point):
+    expected = await _unbroken(unbroken, victim)
+    victim.start(kill_at=point)
+    events = await Scenario(victim).run()
+    assert victim.lives >= 2, "the point was never reached"
+    assert skeleton(events) == expected
+    assert "end" in said(events)
+
+
+@pytest.mark.parametrize("seed", range(25))
+async def test_killed_at_a_random_instant(victim, unbroken, seed):
+    expected = await _unbroken(unbroken, victim)
+    chance = random.Random(seed)
+
+    async def murder() -> None:
+        for _ in range(chance.choice([1, 1, 2])):
+            await asyncio.sleep(chance.uniform(0.0, 3.0))
+            if not victim.dead:
+                victim.kill()
+
+    victim.start()
+    events = await Scenario(victim).run(murder())
+    assert skeleton(events) == expected
+    assert "end" in said(events)
+
+
+@pytest.mark.parametrize("point", ["evict.marked"])
+async def test_killed_while_a_session_is_put_to_sleep(victim, point):
+    victim.start(kill_at=point, idle_timeout_seconds=0.5)
+    async with await victim.client() as http:
+        session = (await http.post("/sessions", json={})).json()["id"]
+        await http.post(f"/sessions/{session}/turns", json={"prompt": "hello", "wait": True})
+    while not victim.dead:
+        await asyncio.sleep(0.02)
+    victim.start()
+    async with await victim.client() as http:
+        result = await http.post(f"/sessions/{session}/turns", json={"prompt": "hello", "wait": True})
+        assert "turn 2" in result.json()["text"]
+
+
+@pytest.mark.parametrize("point", ["delete.marked", "delete.files_gone"])
+async def test_killed_in_the_middle_of_a_deletion(victim, point):
+    victim.start(kill_at=point)
+    async with await victim.client() as http:
+        session = (await http.post("/sessions", json={})).json()["id"]
+        await http.post(f"/sessions/{session}/turns", json={"prompt": "[[write: a | b]]", "wait": True})
+        with contextlib.suppress(httpx.HTTPError):
+            await http.delete(f"/sessions/{session}")
+    assert victim.process.wait(10) != 0
+    victim.start()
+    async with await victim.client() as http:
+        assert (await http.get(f"/sessions/{session}")).status_code == 404
+        folder = victim.data / "sessions" / session
+        async with asyncio.timeout(20):
+            while folder.exists() or any(path.is_dir() for path in (victim.data / "sandboxes").iterdir()):
+                await asyncio.sleep(0.02)

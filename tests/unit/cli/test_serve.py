@@ -1,0 +1,77 @@
+"""`carrel serve` hands the server what the command line says."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carrel.cli import reload, server
+from carrel.cli.app import run
+from carrel.model import Isolation, Network
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    found: list[Any] = []
+    monkeypatch.setattr(server, "serve", found.append)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_every_option_arrives(served: list[Any], tmp_path: Path) -> None:
+    arguments = ["--port", "0", "--data", "d", "--model-upstream", "scripted", "--isolation", "container"]
+    assert run(["serve", *arguments, "--network", "host", "--log-level", "warning"]) == 0
+    [settings] = served
+    assert (settings.port, settings.data, settings.model_upstream) == (0, tmp_path / "d", "scripted")
+    assert (settings.isolation, settings.network) == (Isolation.CONTAINER, Network.HOST)
+    assert settings.log_level == "warning"
+
+
+def test_the_folder_may_stand_before_the_command(served: list[Any], tmp_path: Path) -> None:
+    assert run(["--data", "before", "serve"]) == 0
+    assert served[0].data == tmp_path / "before"
+
+
+def test_the_command_line_wins_over_the_file(served: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("port: 1\nhost: 127.0.0.2\n")
+    assert run(["serve", "--config", "c.yaml", "--port", "2"]) == 0
+    assert (served[0].port, served[0].host) == (2, "127.0.0.2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model-upstream", "somewhere"], "scripted"),
+        (["--auth", "none", "--host", "0.0.0.0"], "127.0.0.1"),
+        (["--auth", "none", "--network", "host"], "gateway-only"),
+    ],
+)
+def test_what_is_wrong_or_unsafe_is_refused(
+    served: list[Any], capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert run(["serve", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert served == []
+
+
+def test_reloading_runs_the_same_command(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    supervised: list[Any] = []
+    monkeypatch.setattr(reload, "supervise", supervised.append)
+    assert run(["serve", "--reload", "--port", "0", "--network", "host", "--model-upstream", "scripted"]) == 0
+    assert supervised == [["serve", "--port", "0", "--model-upstream", "scripted", "--network", "host"]]
+    assert served == []
+
+
+def test_a_change_of_the_code_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    module = tmp_path / "package" / "module.py"
+    module.write_text("")
+    before = reload.newest_change(tmp_path)
+    os.utime(module, (before + 10, before + 10))
+    assert reload.newest_change(tmp_path) == before + 10
+    (tmp_path / "package" / "notes.txt").write_text("")
+    os.utime(tmp_path / "package" / "notes.txt", (before + 20, before + 20))
+    os.utime(tmp_path / "package", (before, before))
+    assert reload.newest_change(tmp_path) == before + 10
