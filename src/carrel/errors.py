@@ -29,6 +29,7 @@
     │   └── QueueFull                   429
     ├── Unavailable                     503
     │   ├── Draining                    503
+    │   ├── UpstreamUnreachable         503
     │   └── MissingCredential           503
     ├── TurnFailure                     (how a turn can fail; told in the turn, never as a status of HTTP)
     │   ├── SandboxLost
@@ -246,6 +247,10 @@ class Draining(Unavailable):
 
     def __init__(self) -> None:
         super().__init__(retry_after_seconds=5)
+
+
+class UpstreamUnreachable(Unavailable):
+    """The model's API did not answer, or not as it should; try again later."""
 
 
 class MissingCredential(Unavailable):

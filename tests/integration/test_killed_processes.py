@@ -83,7 +83,9 @@ async def test_a_turn_may_be_taken_up_again(api, victim):
     assert ended["data"]["status"] == "succeeded", ended
     result = await api.ask("GET", f"/sessions/{session}/turns/{turn}")
     assert "finished" in result["text"]
-    starts = [e["data"]["attempt"] for e in await api.events(session) if e["type"] == "turn.started" and e["turn_id"] == turn]
+    starts = [
+        e["data"]["attempt"] for e in await api.events(session) if e["type"] == "turn.started" and e["turn_id"] == turn
+    ]
     assert starts == [1, 2]
     assert "turn 3" in (await api.run(session, "do you remember?"))["text"]
 

@@ -91,7 +91,9 @@ async def test_delete_in_mid_turn_leaves_nothing(api):
         ("GET", "/export"),
     ]:
         assert (await api.ask(method, f"/sessions/{session}{path}", 404))["code"] == "session_not_found"
-    assert (await api.ask("POST", f"/sessions/{session}/turns", 404, json={"prompt": "x"}))["code"] == "session_not_found"
+    assert (await api.ask("POST", f"/sessions/{session}/turns", 404, json={"prompt": "x"}))[
+        "code"
+    ] == "session_not_found"
 
 
 async def test_viewers_of_a_deleted_session_are_told_and_let_go(api):
@@ -198,7 +200,7 @@ async def test_a_real_skill_is_loaded_and_run(api):
     assert "SKILL-WAS-READ" in told or "Launching skill" in told
 
 
-MCP_SERVER = '''
+MCP_SERVER = """
 import json, sys
 for line in sys.stdin:
     m = json.loads(line)
@@ -217,7 +219,7 @@ for line in sys.stdin:
         print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
         continue
     print(json.dumps({"jsonrpc": "2.0", "id": m["id"], "result": r}), flush=True)
-'''
+"""
 
 
 async def test_a_real_mcp_server_is_loaded_and_used(api):

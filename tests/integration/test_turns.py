@@ -115,7 +115,9 @@ async def test_a_broken_stream_resets_what_was_shown(api):
         if delta["kind"] == "reset":
             shown = {key: value for key, value in shown.items() if key[0] != delta["message_id"]}
         elif delta["kind"] == "text":
-            shown[delta["message_id"], delta["block"]] = shown.get((delta["message_id"], delta["block"]), "") + delta["text"]
+            shown[delta["message_id"], delta["block"]] = (
+                shown.get((delta["message_id"], delta["block"]), "") + delta["text"]
+            )
     stored = {
         (f["data"]["data"]["message_id"], f["data"]["data"]["block"]): f["data"]["data"]["text"]
         for f in seen
@@ -158,9 +160,7 @@ async def test_a_timeout_ends_the_turn_and_not_the_session(api):
 async def test_queued_turns_run_in_order(api):
     session = await api.session()
     turns = [await api.send(session, f"[[bash: echo {i} >> order.txt]]") for i in range(4)]
-    results = await asyncio.gather(
-        *(api.until_event(session, "turn.completed", turn) for turn in turns)
-    )
+    results = await asyncio.gather(*(api.until_event(session, "turn.completed", turn) for turn in turns))
     assert all(event["data"]["status"] == "succeeded" for event in results)
     order = await api.http.get(f"/sessions/{session}/files/order.txt")
     assert order.text.split() == ["0", "1", "2", "3"]

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import pty
+import re
 import signal
 import socket
 import stat
@@ -452,7 +453,7 @@ def answer_of(request):
                 data += part
         except TimeoutError:
             data += b"(nothing more)"
-    statuses = [line.split()[1].decode() for line in data.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    statuses = [status.decode() for status in re.findall(rb"HTTP/1\.1 (\d{3})", data)]
     return ",".join(statuses) or "closed", data[-300:].decode("latin-1")
 
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from carrel import __version__
 from carrel.api import problems
 from carrel.api.dependencies import Services
-from carrel.api.routes import events, files, health, query, sessions, turns
+from carrel.api.routes import events, files, health, models, query, sessions, turns
 from carrel.errors import CarrelError, FileTooLarge, UntrustedOrigin
 
 API_PREFIX = "/api/v1"
@@ -37,27 +37,34 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     problems.install(app)
-    for router in (sessions.router, turns.router, events.router, files.router, query.router):
+    for router in (sessions.router, turns.router, events.router, files.router, query.router, models.router):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)
     app.add_middleware(_BodyLimit, max_bytes=services.max_body_bytes)
     if services.admin_key is None:
         app.add_middleware(_OnlyOurOwnPages)
-    _describe_key(app, wanted=services.admin_key is not None)
+    _complete_openapi(app, key_wanted=services.admin_key is not None)
     return app
 
 
-def _describe_key(app: FastAPI, *, wanted: bool) -> None:
+def _complete_openapi(app: FastAPI, *, key_wanted: bool) -> None:
+    """Say in the OpenAPI document what FastAPI does not know: how errors look, and that a key is wanted."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = original()
-        if wanted and "securitySchemes" not in document.setdefault("components", {}):
-            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for path, item in document["paths"].items():
-                for operation in item.values():
-                    if path.startswith(API_PREFIX):
-                        operation["security"] = [{"key": []}]
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {})["Problem"] = problems.Problem.model_json_schema()
+        if key_wanted:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, item in document["paths"].items():
+            for operation in item.values():
+                if key_wanted and path.startswith(API_PREFIX):
+                    operation["security"] = [{"key": []}]
+                # FastAPI's own shape of a validation error is not what we answer.
+                told = operation["responses"].get("422")
+                if told is not None and problems.MEDIA_TYPE not in told["content"]:
+                    told["content"] = {problems.MEDIA_TYPE: {"schema": {"$ref": problems.PROBLEM_REF}}}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -27,6 +27,8 @@ class Services:
     """None: authentication is off."""
     ready: Callable[[], Awaitable[dict[str, Any]]]
     """Says of each part whether it works."""
+    models: Callable[[], Awaitable[list[dict[str, Any]]]]
+    """Asks the upstream for its models."""
     max_file_bytes: int = 1024 * 1024 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     heartbeat_seconds: float = 15.0

@@ -19,6 +19,7 @@ from carrel.errors import AuthenticationRequired, CarrelError, MethodNotAllowed,
 log = structlog.get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+PROBLEM_REF = "#/components/schemas/Problem"
 
 
 class Problem(BaseModel):
@@ -39,7 +40,7 @@ def responses(*errors: type[CarrelError]) -> dict[int | str, dict[str, Any]]:
     for error in listed:
         entry = found.setdefault(
             error.http_status,
-            {"model": Problem, "description": "", "content": {MEDIA_TYPE: {"examples": {}}}},
+            {"description": "", "content": {MEDIA_TYPE: {"schema": {"$ref": PROBLEM_REF}, "examples": {}}}},
         )
         summary = (error.__doc__ or "").split("\n", 1)[0]
         entry["description"] = " ".join(filter(None, [entry["description"], f"`{error.code}`: {summary}"]))

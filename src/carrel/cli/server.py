@@ -210,6 +210,7 @@ async def _build(settings: Settings, folder: _Folder, stack: AsyncExitStack, key
         sessions=service,
         admin_key=key,
         ready=ready,
+        models=gateway.offered,
         max_file_bytes=settings.max_file_bytes,
         heartbeat_seconds=settings.heartbeat_seconds,
     )

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from hashlib import sha256
+from typing import Any
 
 import httpx
 import structlog
@@ -20,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from carrel import abc
-from carrel.errors import CarrelError
+from carrel.errors import CarrelError, UpstreamUnreachable
 from carrel.model import Sandbox
 from carrel.model_gateway.meter import Meter, Reading
 
@@ -43,6 +44,7 @@ _NOT_PASSED_BACK = frozenset(
 )
 _HIDDEN = b"[hidden by Carrel]"
 _SHORTEST_SECRET = 8
+_API_VERSION = "2023-06-01"
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
@@ -167,6 +169,22 @@ class ModelGateway:
         task = asyncio.create_task(self._settle(reading, sandbox), name="settle-usage")
         self._late.add(task)
         task.add_done_callback(self._late.discard)
+
+    async def offered(self) -> list[dict[str, Any]]:
+        """The models that the upstream offers.
+
+        Raises:
+            MissingCredential: none is set.
+            UpstreamUnreachable: it did not answer as it should.
+        """
+        headers = {"anthropic-version": _API_VERSION, **self._credentials.headers()}
+        try:
+            answer = await self._client.get("/v1/models", params={"limit": 1000}, headers=headers, timeout=30)
+            answer.raise_for_status()
+            found: list[dict[str, Any]] = answer.json()["data"]
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise UpstreamUnreachable(operator_detail=repr(error)) from error
+        return found
 
     async def close(self) -> None:
         """Wait for what is still to be recorded."""

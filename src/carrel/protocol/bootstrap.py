@@ -33,8 +33,8 @@ class Bootstrap(Frozen):
     agent_env: dict[str, str] = Field(description="The whole environment of the agent, its token aside.")
     late_env_path: str | None = Field(
         default=None,
-        description="Where variables of the session's go, as NUL-ended arguments of bubblewrap, rather than into the "
-        "environment of the programs that build the wall.",
+        description="The file of NUL-ended arguments of bubblewrap to which variables of the session's are added, "
+        "rather than to the environment of the programs that build the wall.",
     )
     owner: tuple[int, int] | None = Field(default=None, description="User and group of the agent's files.")
     mounts: list[Mount] = Field(default=[], description="Made before anything else, in a mount namespace of its own.")

@@ -302,6 +302,7 @@ class Delta:
 
     __slots__ = (
         "_json",
+        "after",
         "block",
         "kind",
         "message_id",
@@ -323,6 +324,7 @@ class Delta:
         offset: int = 0,
         text: str = "",
         parent_tool_use_id: str | None = None,
+        after: int | None = None,
     ) -> None:
         self.session_id = session_id
         self.turn_id = turn_id
@@ -332,6 +334,8 @@ class Delta:
         self.offset = offset
         self.text = text
         self.parent_tool_use_id = parent_tool_use_id
+        self.after = after
+        """The `seq` of the event it comes right after, where that is known; not told to anyone outside."""
         self._json: bytes | None = None
 
     def json(self) -> bytes:

@@ -162,7 +162,8 @@ class Agent:
             env |= spec.env_vars or {}
         else:
             late = [part for item in (spec.env_vars or {}).items() for part in ("--setenv", *item)]
-            Path(boot.late_env_path).write_bytes(b"".join(part.encode() + b"\0" for part in late))
+            with open(boot.late_env_path, "ab") as file:
+                file.write(b"".join(part.encode() + b"\0" for part in late))
         if go_on:
             env["CLAUDE_CODE_RESUME_INTERRUPTED_TURN"] = "1"
         system_prompt: Any = {"type": "preset", "preset": "claude_code"}

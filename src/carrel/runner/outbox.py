@@ -79,7 +79,8 @@ class Outbox:
         """Every kept frame with a higher number than `n`, oldest first. The outbox may grow meanwhile."""
         yield from [item for item in self._memory if item[0] > n]
         for number, offset, size in list(self._spooled):
-            if number > n and self._spool_fd is not None:
+            # What was acknowledged meanwhile is gone from the file, which may hold other frames by now.
+            if number > max(n, self.last_acked) and self._spool_fd is not None:
                 yield number, os.pread(self._spool_fd, size, offset)
 
     def close(self) -> None:

@@ -223,7 +223,7 @@ class Hub:
         reached("frames.received")
         await self._store.write(lambda tx: _apply(tx, link.sandbox_id, frames))
         reached("frames.stored")
-        await link.tell(Ack(n=frames[-1].n))
+        await link.tell(Ack(n=max(frame.n for frame in frames)))
         reached("frames.acked")
         for frame in frames:
             self._remember(link, frame)
@@ -282,8 +282,12 @@ def _apply(tx: abc.Transaction, sandbox_id: str, frames: Sequence[NumberedFrame]
     sandbox = tx.sandboxes.get(sandbox_id)
     if sandbox is None or sandbox.status is SandboxStatus.GONE:
         return
-    before = tx.sandboxes.advance(sandbox_id, frames[-1].n)
-    fresh = [frame for frame in frames if frame.n > before]
+    mark = tx.sandboxes.advance(sandbox_id, max(frame.n for frame in frames))
+    fresh: list[NumberedFrame] = []
+    for frame in frames:
+        if frame.n > mark:
+            fresh.append(frame)
+            mark = frame.n
     session = tx.sessions.get(sandbox.session_id)
     if session is None or sandbox.generation < session.generation:
         return

@@ -29,73 +29,101 @@ class _Open:
         return self.pieces[0] if self.pieces else ""
 
 
+class _Talk:
+    """What is being said in one session: from the start of a turn to its end."""
+
+    __slots__ = ("blocks", "seq", "turn_id")
+
+    def __init__(self, turn_id: str | None, seq: int | None) -> None:
+        self.turn_id = turn_id
+        self.seq = seq
+        self.blocks: dict[BlockKey, _Open] = {}
+
+
 class Live:
     """Open blocks by session. Publishes deltas; hears of every stored event before the bus does."""
 
     def __init__(self, bus: abc.EventBus) -> None:
         self._bus = bus
-        self._open: dict[str, dict[BlockKey, _Open]] = {}
+        self._talks: dict[str, _Talk] = {}
 
     def stored(self, stored: Sequence[StoredEvent]) -> None:
         """Events were committed: blocks that are now in the log are no longer open; everyone is told."""
         start = 0
         for i, event in enumerate(stored):
-            if event.type in _CLOSING:
-                self._close(event)
-            elif event.type in ("turn.completed", "session.deleted"):
-                self._open.pop(event.session_id, None)
+            self._hear(event)
             if i + 1 == len(stored) or stored[i + 1].session_id != event.session_id:
                 self._bus.publish(event.session_id, stored[start : i + 1])
                 start = i + 1
 
-    def _close(self, event: StoredEvent) -> None:
-        blocks = self._open.get(event.session_id)
-        if not blocks:
+    def _hear(self, event: StoredEvent) -> None:
+        talk = self._talks.get(event.session_id)
+        if event.type == "turn.started":
+            # A new agent takes the turn up: what the lost one had half said is made anew.
+            self._reset(event.session_id, talk)
+            talk = self._talks[event.session_id] = _Talk(event.turn_id, event.seq)
+        if talk is None:
             return
-        data = event.data
-        blocks.pop((data.get("parent_tool_use_id"), data.get("message_id") or "", data.get("block") or 0), None)
-        if not blocks:
-            del self._open[event.session_id]
+        talk.seq = event.seq
+        if event.type in _CLOSING and talk.blocks:
+            data = event.data
+            talk.blocks.pop(
+                (data.get("parent_tool_use_id"), data.get("message_id") or "", data.get("block") or 0), None
+            )
+        # A queued turn may be cancelled while another one talks: that ends nothing here.
+        over = event.type == "turn.completed" and event.turn_id == talk.turn_id
+        if over or event.type == "session.deleted":
+            del self._talks[event.session_id]
+
+    def _reset(self, session_id: str, talk: _Talk | None) -> None:
+        messages = {(key[0], key[1]): block.turn_id for key, block in talk.blocks.items()} if talk else {}
+        resets = [
+            Delta(
+                session_id=session_id,
+                turn_id=turn_id,
+                kind=DeltaKind.RESET,
+                message_id=message_id,
+                parent_tool_use_id=parent,
+            )
+            for (parent, message_id), turn_id in messages.items()
+        ]
+        if resets:
+            self._bus.publish(session_id, resets)
 
     def deltas(self, session_id: str, frames: Iterable[DeltaFrame]) -> None:
         """Pieces arrived: remember and publish them."""
         out: list[Delta] = []
-        blocks = self._open.setdefault(session_id, {})
         for frame in frames:
-            if frame.delta == DeltaKind.RESET:
-                for key in [k for k in blocks if k[:2] == (frame.parent_tool_use_id, frame.message_id)]:
-                    del blocks[key]
-            else:
-                key = (frame.parent_tool_use_id, frame.message_id, frame.block)
-                block = blocks.get(key)
-                if block is None:
-                    block = blocks[key] = _Open(frame.delta, frame.turn_id)
-                if frame.offset == block.length:
-                    block.pieces.append(frame.text)
-                    block.length += len(frame.text)
-            out.append(_delta(session_id, frame))
-        if not blocks:
-            self._open.pop(session_id, None)
+            talk = self._talks.get(session_id)
+            if talk is None:
+                talk = self._talks[session_id] = _Talk(frame.turn_id, None)
+            _take(talk.blocks, frame)
+            out.append(_delta(session_id, frame, after=talk.seq))
         self._bus.publish(session_id, out)
 
     def replace(self, session_id: str, blocks: Iterable[OpenBlock]) -> None:
         """A runner is back and says what it has so far: whoever watches gets what was missed."""
-        self._open.pop(session_id, None)
+        talk = self._talks.get(session_id)
+        if talk is not None:
+            talk.blocks.clear()
         for block in blocks:
+            if talk is None:
+                talk = self._talks[session_id] = _Talk(block.turn_id, None)
             opened = _Open(block.kind, block.turn_id)
             opened.pieces, opened.length = [block.text], len(block.text)
-            here = self._open.setdefault(session_id, {})
-            here[(block.parent_tool_use_id, block.message_id, block.block)] = opened
-        if session_id in self._open:
-            self._bus.publish(session_id, self.so_far(session_id))
+            talk.blocks[(block.parent_tool_use_id, block.message_id, block.block)] = opened
+        if found := self.so_far(session_id):
+            self._bus.publish(session_id, found)
 
     def so_far(self, session_id: str) -> list[Delta]:
         """Every open block of the session as one delta."""
-        return [self._piece(session_id, key, block, 0) for key, block in self._open.get(session_id, {}).items()]
+        talk = self._talks.get(session_id)
+        return [self._piece(session_id, key, block, 0) for key, block in talk.blocks.items()] if talk else []
 
     def since(self, session_id: str, key: BlockKey, offset: int) -> Delta | None:
         """What an open block has from `offset` (characters) on."""
-        block = self._open.get(session_id, {}).get(key)
+        talk = self._talks.get(session_id)
+        block = talk.blocks.get(key) if talk else None
         return None if block is None or block.length <= offset else self._piece(session_id, key, block, offset)
 
     def _piece(self, session_id: str, key: BlockKey, block: _Open, offset: int) -> Delta:
@@ -111,7 +139,21 @@ class Live:
         )
 
 
-def _delta(session_id: str, frame: DeltaFrame) -> Delta:
+def _take(blocks: dict[BlockKey, _Open], frame: DeltaFrame) -> None:
+    if frame.delta == DeltaKind.RESET:
+        for key in [k for k in blocks if k[:2] == (frame.parent_tool_use_id, frame.message_id)]:
+            del blocks[key]
+        return
+    key = (frame.parent_tool_use_id, frame.message_id, frame.block)
+    block = blocks.get(key)
+    if block is None:
+        block = blocks[key] = _Open(frame.delta, frame.turn_id)
+    if frame.offset == block.length:
+        block.pieces.append(frame.text)
+        block.length += len(frame.text)
+
+
+def _delta(session_id: str, frame: DeltaFrame, *, after: int | None) -> Delta:
     return Delta(
         session_id=session_id,
         turn_id=frame.turn_id,
@@ -121,4 +163,5 @@ def _delta(session_id: str, frame: DeltaFrame) -> Delta:
         offset=frame.offset,
         text=frame.text,
         parent_tool_use_id=frame.parent_tool_use_id,
+        after=after,
     )

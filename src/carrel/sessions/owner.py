@@ -127,14 +127,18 @@ class Owner:
             await self._remove(session_id, view)
             return None
         session = view.session
+        # First of all, so that whoever has asked for its end and waits for one step finds it ended.
+        if view.sandbox is not None and view.sandbox.status is SandboxStatus.ENDING:
+            await self._end(view.sandbox, gracefully=True)
+            return 0.0
         if await self._expire(session, view.queued):
             return 0.0
         if session.expires_at is not None and session.expires_at <= utc_now() and _unused(view):
             await self._store.write(lambda tx: mark_deleted(tx, session_id))
             return 0.0
-        if view.sandbox is not None and view.sandbox.status is SandboxStatus.ENDING:
-            await self._end(view.sandbox, gracefully=True)
-            return 0.0
+        return _sooner(await self._advance(session, view), view.queued)
+
+    async def _advance(self, session: Session, view: _View) -> float | None:
         if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
             return None
         if view.sandbox is None:
@@ -412,6 +416,12 @@ def _unused(view: _View) -> bool:
     return view.live is None and not view.queued
 
 
+def _sooner(pause: float | None, queued: list[Turn]) -> float | None:
+    """The pause, or the time until the first queued turn expires where that is less."""
+    left = [(turn.expires_at - utc_now()).total_seconds() for turn in queued if turn.expires_at is not None]
+    return min([max(0.0, seconds) for seconds in left] + ([] if pause is None else [pause]), default=None)
+
+
 def _goes_on(turn: Turn) -> bool:
     return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE and turn.interrupt_reason is None
 
@@ -440,6 +450,9 @@ def _launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str) -> bool:
             created_at=utc_now(),
         )
     )
+    if session.status is not SessionStatus.STARTING:
+        # The gateway may have died between the end of a lost sandbox and saying so.
+        session = transitions.settle(tx, session)
     transitions.set_status(tx, session, SessionStatus.STARTING, generation=spec.generation)
     return True
 

@@ -244,7 +244,9 @@ class SessionService:
         def work(tx: abc.Transaction) -> Session:
             now = utc_now()
             current = _session(tx, principal, session_id)
-            agent_session_id = str(uuid.uuid4()) if current.agent_session_id and turn is not None else None
+            # A fork that has had no turn of its own yet has the conversation it was forked with.
+            known = turn is not None or current.turn_count == 0
+            agent_session_id = str(uuid.uuid4()) if current.agent_session_id and known else None
             session = Session(
                 id=new,
                 number=target,
@@ -262,9 +264,12 @@ class SessionService:
                 last_active_at=now,
             )
             tx.sessions.add(session.model_copy(update=transitions.touch(session, now)))
-            if agent_session_id is not None and current.agent_session_id is not None and turn is not None:
+            if agent_session_id is not None and current.agent_session_id is not None:
                 tx.transcripts.copy(
-                    session_id, new, up_to_turn=turn.id, replace=(current.agent_session_id, agent_session_id)
+                    session_id,
+                    new,
+                    up_to_turn=turn.id if turn is not None else None,
+                    replace=(current.agent_session_id, agent_session_id),
                 )
             transitions.emit(
                 tx,

@@ -63,8 +63,11 @@ class Streams:
                     frames = await subscription.get(heartbeat_seconds)
                     if frames is None:
                         break
-                    batch = viewer.take(frames)
-                    if batch or not frames:
+                    if not frames:
+                        # A bus may lose frames, the last one too: a silence is a reason to ask the store.
+                        yield []
+                        break
+                    if batch := viewer.take(frames):
                         yield batch
 
     async def _catch_up(self, viewer: _Viewer) -> AsyncIterator[list[abc.Frame]]:
@@ -96,14 +99,22 @@ class _Viewer:
         self._deltas = deltas
         self._turn = until_turn
         self._live = live
-        self._lengths: dict[BlockKey, int] = {}
+        self._lengths: dict[str | None, dict[BlockKey, int]] = {}
 
     def take(self, frames: list[StoredEvent] | list[Delta] | list[abc.Frame]) -> list[abc.Frame]:
         """The frames this viewer has not seen, in order; stops at a gap."""
         out: list[abc.Frame] = []
         for frame in frames:
             if isinstance(frame, Delta):
-                if self._deltas and (piece := self._piece(frame)) is not None:
+                if not self._deltas:
+                    continue
+                if frame.after is not None and frame.after != self.seq:
+                    # Not its place: an event that this viewer has seen came after it, or one it has not came before.
+                    if frame.after > self.seq:
+                        self.behind = True
+                        return out
+                    continue
+                if (piece := self._piece(frame)) is not None:
                     out.append(piece)
                 continue
             if frame.seq <= self.seq:
@@ -124,23 +135,26 @@ class _Viewer:
             return True
         if event.type != "turn.completed":
             return False
-        self._lengths.clear()
+        self._lengths.pop(event.turn_id, None)
         return event.turn_id is not None and event.turn_id == self._turn
 
     def _piece(self, delta: Delta) -> Delta | None:
         if self._turn is not None and delta.turn_id != self._turn:
             return None
+        lengths = self._lengths.setdefault(delta.turn_id, {})
         if delta.kind == DeltaKind.RESET:
-            for key in [k for k in self._lengths if k[:2] == (delta.parent_tool_use_id, delta.message_id)]:
-                del self._lengths[key]
+            for key in [k for k in lengths if k[:2] == (delta.parent_tool_use_id, delta.message_id)]:
+                del lengths[key]
             return delta
         key = (delta.parent_tool_use_id, delta.message_id, delta.block)
-        seen = self._lengths.get(key, 0)
+        seen = lengths.get(key, 0)
+        if delta.offset + len(delta.text) <= seen:
+            return None
         if delta.offset != seen:
-            # Either told twice (joining), or some were lost on the way: go on from what was seen.
+            # Part of it was told before, or some were lost on the way: go on from what was seen.
             missing = self._live.since(self.session_id, key, seen)
-            if delta.offset < seen or missing is None:
+            if missing is None:
                 return None
             delta = missing
-        self._lengths[key] = delta.offset + len(delta.text)
+        lengths[key] = delta.offset + len(delta.text)
         return delta

@@ -132,17 +132,21 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
         root = _root_outside([place.folder, place.workspace, place.home, place.gateway_folder, place.cli])
         mounts = [Mount(source=str(path), target=f"{root}/{name}") for name, path in shown.items()]
         shown = {name: Path(root, name) for name in shown}
-    command = [*_drop(place.owner), *_bwrap(network), *_view(shown, network, read_only)]
     # What the session's creator sets must reach the agent and never the programs that build its wall: they run
-    # outside of it, as root where Carrel is, and obey variables of their own. So bubblewrap sets it, at the end.
-    files = {"args": place.folder / "env"}
-    files["args"].touch(mode=0o600)
+    # outside of it, as root where Carrel is, and obey variables of their own. So bubblewrap sets it, at the end: the
+    # runner adds it to the arguments. These are in a file, because everyone can read a process's arguments.
+    bwrap, *flags = [*_bwrap(network), *_view(shown, network, read_only)]
+    arguments = place.folder / "arguments"
+    arguments.write_text("".join(f"{flag}\0" for flag in flags))
+    arguments.chmod(0o600)
+    files = {"--args": arguments}
     if filter_ := seccomp.program():
-        files["seccomp"] = place.folder / "seccomp"
-        files["seccomp"].write_bytes(filter_)
+        files["--seccomp"] = place.folder / "seccomp"
+        files["--seccomp"].write_bytes(filter_)
+    command = [*_drop(place.owner), bwrap]
     redirections = []
     for fd, (flag, path) in enumerate(files.items(), start=3):
-        command += [f"--{flag}", str(fd)]
+        command += [flag, str(fd)]
         redirections.append(f"{fd}<{shlex.quote(str(path))}")
     wrapper = place.folder / "claude"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.join([*command, "--", _PROGRAM])} "$@" {" ".join(redirections)}\n')
@@ -152,7 +156,7 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
         cwd=WORKSPACE,
         config_dir=f"{HOME}/.claude",
         env=env,
-        late_env_path=str(files["args"]),
+        late_env_path=str(arguments),
         mounts=mounts,
         mount_root=root,
     )
@@ -212,7 +216,7 @@ def _view(shown: dict[str, Path], network: Network, read_only: list[str]) -> lis
     flags += ["--ro-bind", str(shown["gateway"]), str(Path(GATEWAY_SOCKET).parent)]
     flags += ["--ro-bind", str(shown["claude"]), _PROGRAM]
     flags += ["--bind", str(shown["home"]), HOME, "--bind", str(shown["workspace"]), WORKSPACE, "--chdir", WORKSPACE]
-    return flags
+    return [*flags, "--remount-ro", "/"]
 
 
 def _root_outside(paths: list[Path]) -> str:

@@ -27,7 +27,7 @@ _check = collect(CHECKS)
 def stored_event(session_id: str, seq: int, text: str = "", turn_id: str | None = None) -> StoredEvent:
     """An event as a store would hand it out."""
     at = datetime(2026, 1, 1, tzinfo=UTC)
-    data = '{"message_id":"m","block":0,"text":"%s","model":null,"parent_tool_use_id":null}' % text
+    data = MessageAssistant(message_id="m", block=0, text=text).model_dump_json()
     return StoredEvent(session_id=session_id, seq=seq, turn_id=turn_id, type="message.assistant", at=at, raw_data=data)
 
 
