@@ -38,6 +38,7 @@
     │   ├── TurnTimedOut
     │   ├── AgentFailed
     │   └── SpoolFull
+    ├── DemoFailed                      (ends `carrel demo`, with exit code 1)
     └── OperatorError                   (stops a command, with exit code 2)
         ├── InvalidSettings
         ├── DataFolderInUse
@@ -286,6 +287,10 @@ class AgentFailed(TurnFailure):
 
 class SpoolFull(TurnFailure):
     """The gateway was away for so long that the runner had no room left to keep events; the turn was interrupted."""
+
+
+class DemoFailed(CarrelError):
+    """Something in the demo did not come out as it should."""
 
 
 class OperatorError(CarrelError):

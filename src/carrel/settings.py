@@ -113,10 +113,10 @@ class Settings(BaseSettings):
                     "auth none with network host would let an agent drive this server. Keep the key, use network "
                     "gateway-only, or set allow_insecure: true."
                 )
-            if self.isolation is Isolation.NONE:
+            if self.isolation in (Isolation.NONE, Isolation.CONTAINER):
                 raise UnsafeConfiguration(
-                    "auth none with isolation none would let an agent drive this server. Keep the key, isolate, or set "
-                    "allow_insecure: true."
+                    f"auth none with isolation {self.isolation} would let an agent drive this server. Keep the key, "
+                    "isolate by bubblewrap, or set allow_insecure: true."
                 )
         return self
 

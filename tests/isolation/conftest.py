@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pwd
 import re
 import secrets
 import shutil
@@ -263,7 +262,12 @@ class House:
 
     def agent(self, sandbox_id: str) -> int:
         """The agent itself."""
-        return next(pid for pid in self.processes(sandbox_id) if b"stream-json" in read_process(pid, "cmdline") and link_of(pid, "ns/pid") != os.readlink("/proc/self/ns/pid"))
+        return next(
+            pid
+            for pid in self.processes(sandbox_id)
+            if b"stream-json" in read_process(pid, "cmdline")
+            and link_of(pid, "ns/pid") != os.readlink("/proc/self/ns/pid")
+        )
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -304,7 +308,9 @@ def interpreter_for_everyone(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def house(folder: Path, *, uid: int | None = None, **settings: Any) -> Iterator[House]:
+def house(
+    folder: Path, *, uid: int | None = None, environment: dict[str, str] | None = None, **settings: Any
+) -> Iterator[House]:
     """Run a server on a data folder under `folder`, as another user where `uid` says so."""
     python, user = Path(sys.executable), []
     data = folder / "data"
@@ -317,6 +323,7 @@ def house(folder: Path, *, uid: int | None = None, **settings: Any) -> Iterator[
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     out, err = folder / "stdout", folder / "stderr"
     env = {"PATH": os.environ["PATH"], "TMPDIR": str(folder / "tmp"), "LANG": "C.UTF-8"}
+    env |= environment or {}
     with open(out, "w") as stdout, open(err, "w") as stderr, os.fdopen(read_end, "rb") as notes:
         process = subprocess.Popen(
             [*user, str(python), "-c", LAUNCHER, str(write_end)],
@@ -354,6 +361,43 @@ def house(folder: Path, *, uid: int | None = None, **settings: Any) -> Iterator[
 @pytest.fixture(scope="session")
 def open_house() -> Callable[..., "contextlib.AbstractContextManager[House]"]:
     return house
+
+
+@pytest.fixture(scope="session")
+def serve_app() -> Callable[[Any], "contextlib.AbstractContextManager[str]"]:
+    return served
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    return wait_for
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    made = Listener()
+    yield made
+    made.close()
+
+
+class Host:
+    """What a test asks the host about processes."""
+
+    link = staticmethod(link_of)
+    read = staticmethod(read_process)
+
+    def marked(self, sandbox: str | None = None) -> list[int]:
+        marks = {pid: mark_of(pid) for pid in pids()}
+        return [pid for pid, mark in marks.items() if mark is not None and sandbox in (None, mark)]
+
+    def named(self, text: str) -> list[int]:
+        """Live processes with this text among their arguments."""
+        return [pid for pid in pids() if text.encode() in read_process(pid, "cmdline") and alive(pid)]
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    return Host()
 
 
 @pytest.fixture
@@ -445,6 +489,7 @@ def investigate(found: Found, folder: Path, uid: int | None, upstream: str, list
         stop_with_leftovers(found, home, ours, mine)
         look_at_records(found, home, hidden, [ours, neighbour])
         spaces = {link_of(pid, "ns/pid") for pid in everything[other]} - {os.readlink("/proc/self/ns/pid")}
+        look_at_files(found, home, hidden)
         assert home.client.delete(f"/sessions/{ours}").status_code == 204
         home.stop()
         found.host["exit"] = home.process.returncode
@@ -453,7 +498,9 @@ def investigate(found: Found, folder: Path, uid: int | None, upstream: str, list
         found.host["left processes"] = [
             read_process(pid, "cmdline")
             for pid in left
-            if mark_of(pid) in (mine, other) or link_of(pid, "ns/pid") in spaces or str(folder).encode() in read_process(pid, "cmdline")
+            if mark_of(pid) in (mine, other)
+            or link_of(pid, "ns/pid") in spaces
+            or str(folder).encode() in read_process(pid, "cmdline")
         ]
         found.host["left sandboxes"] = home.sandboxes()
         found.host["left sockets"] = [
@@ -462,7 +509,7 @@ def investigate(found: Found, folder: Path, uid: int | None, upstream: str, list
         found.host["left mounts"] = sorted(set(mounts()) - set(before["mounts"]))
         found.host["left cgroups"] = sorted(cgroups() - before["cgroups"])
         found.host["left folders"] = sorted(path.name for path in (folder / "tmp").iterdir())
-        look_at_logs(found, home, hidden, folder)
+        look_at_files(found, home, hidden)
     return found
 
 
@@ -527,12 +574,42 @@ def message_text(target: str = "/v1/messages", *headers: str) -> bytes:
 def requests_of(port: int) -> dict[str, bytes]:
     """Every way we know to get somewhere else through the gateway."""
     elsewhere = [
-        *("/", "/api/v1/sessions", "/link", "/metrics", "/health", "/docs", "/openapi.json", "/v1", "/v1/", "/v1/complete"),
+        *(
+            "/",
+            "/api/v1/sessions",
+            "/link",
+            "/metrics",
+            "/health",
+            "/docs",
+            "/openapi.json",
+            "/v1",
+            "/v1/",
+            "/v1/complete",
+        ),
         *("/v1/files", "/v1/messages/batches", "/v1/organizations/me", "/v1/messages/", "/v1/messages/count_tokens/x"),
-        *("//v1/files", "//127.0.0.1/v1/models", "/v1//models", "/v1/models/", "/v1/models/../files", "/v1/models/a/../../files"),
+        *(
+            "//v1/files",
+            "//127.0.0.1/v1/models",
+            "/v1//models",
+            "/v1/models/",
+            "/v1/models/../files",
+            "/v1/models/a/../../files",
+        ),
         *("/v1/models/..", "/v1/models/.", "/v1/models/%2e%2e", "/v1/models/%2e%2e/files", "/v1/models/..%2ffiles"),
-        *("/v1/models/%2e%2e%2ffiles", "/v1/models/..%5cfiles", "/v1/models/..;/files", "/v1/models/a%3fx=y", "/v1/models/a%23b"),
-        *("/v1/models/a%0d%0aHost:%20x", "/v1/models/%00", "/v1/models/a%252f..", "/v1/%6dodels/../files", "/v1/models%2f..%2ffiles"),
+        *(
+            "/v1/models/%2e%2e%2ffiles",
+            "/v1/models/..%5cfiles",
+            "/v1/models/..;/files",
+            "/v1/models/a%3fx=y",
+            "/v1/models/a%23b",
+        ),
+        *(
+            "/v1/models/a%0d%0aHost:%20x",
+            "/v1/models/%00",
+            "/v1/models/a%252f..",
+            "/v1/%6dodels/../files",
+            "/v1/models%2f..%2ffiles",
+        ),
     ]
     found = {f"GET {path}": request_text("GET", path) for path in elsewhere}
     found |= {f"POST {path}": message_text(path) for path in elsewhere}
@@ -554,11 +631,19 @@ def requests_of(port: int) -> dict[str, bytes]:
         "overridden": message_text("/v1/messages", "x-http-method-override: DELETE"),
         "connect": request_text("CONNECT", away),
         "upgrade": request_text(
-            "GET", "/v1/models", "connection: upgrade", "upgrade: websocket", "sec-websocket-version: 13",
+            "GET",
+            "/v1/models",
+            "connection: upgrade",
+            "upgrade: websocket",
+            "sec-websocket-version: 13",
             "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
         ),
         "upgrade elsewhere": request_text(
-            "GET", "/link", "connection: upgrade", "upgrade: websocket", "sec-websocket-version: 13",
+            "GET",
+            "/link",
+            "connection: upgrade",
+            "upgrade: websocket",
+            "sec-websocket-version: 13",
             "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
         ),
         "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -621,9 +706,7 @@ def look_as(uid: int, pid: int) -> str:
     """What a process of this user sees of another: root keeps its eyes, unless it lays down what lets it see."""
     script = f"open('/proc/{pid}/mem', 'rb').read(0); open('/proc/{pid}/environ', 'rb').read(); print('open')"
     drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
-    result = subprocess.run(
-        [*drop, "/usr/bin/python3", "-c", script], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*drop, "/usr/bin/python3", "-c", script], capture_output=True, text=True, check=False)
     return result.stdout.strip() or result.stderr.strip().splitlines()[-1]
 
 
@@ -673,31 +756,21 @@ def look_at_records(found: Found, home: House, hidden: dict[str, str], sessions:
     found.host["events looked at"] = len(events)
     secret = {name: value for name, value in hidden.items() if value in events}
     found.host["secrets in events"] = sorted(secret)
+    digest = hashlib.sha256(hidden["own link token"].encode()).hexdigest().encode()
+    found.host["database was read"] = any(digest in path.read_bytes() for path in home.data.glob("carrel.db*"))
 
 
-def look_at_logs(found: Found, home: House, hidden: dict[str, str], folder: Path) -> None:
+def look_at_files(found: Found, home: House, hidden: dict[str, str]) -> None:
+    """The data folder and what the server has said; done while all is there, and again when the server has ended."""
     shown = {name: value.encode() for name, value in hidden.items()}
-    secret, files = [], []
     for path in [home.stderr, *(each for each in home.data.rglob("*") if each.is_file() and not each.is_symlink())]:
         data = path.read_bytes()
-        files.append(path.name)
-        secret += [
+        found.host.setdefault("files looked at", []).append(path.name)
+        found.host.setdefault("secrets in files", []).extend(
             f"{name} in {path}"
             for name, value in shown.items()
-            if value in data and not (path.name == "admin.key" and name == "admin key")
+            if value in data
+            and not (path.name == "admin.key" and name == "admin key")
             # The agent's own copy of its own token, in its own home, is what it is assumed to know.
             and not (name == "neighbour's agent token" and "home" in path.parts)
-        ]
-    found.host["files looked at"] = files
-    found.host["secrets in files"] = secret
-    digest = hashlib.sha256(hidden["own link token"].encode()).hexdigest().encode()
-    found.host["link token's digest stored"] = any(
-        digest in path.read_bytes() for path in home.data.glob("carrel.db*")
-    )
-
-
-def user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+        )

@@ -190,7 +190,6 @@ def signals_to_all():
     """Everything that can be signalled from here is in here: nobody else may notice."""
     os.killpg(os.getpgrp(), signal.SIGCONT)
     os.kill(-1, signal.SIGCONT)
-    return None
 
 
 @attempt
@@ -334,14 +333,22 @@ def setuid_programs():
 
 @attempt
 def system_files():
-    return first(["/etc/shadow", "/etc/sudoers", "/etc/ssl/private", "/root", "/var/log", "/sys/kernel"], read) or first(
-        ["/root", "/etc/ssl/private", "/boot", "/sys", "/var/lib"], os.listdir
-    )
+    return first(
+        ["/etc/shadow", "/etc/sudoers", "/etc/ssl/private", "/root", "/var/log", "/sys/kernel"], read
+    ) or first(["/root", "/etc/ssl/private", "/boot", "/sys", "/var/lib"], os.listdir)
 
 
 @attempt
 def change_the_system():
-    paths = ["/usr/x", "/usr/bin/env", "/etc/passwd", "/etc/x", "/opt/carrel/claude", "/run/carrel/x", "/proc/1/oom_adj"]
+    paths = [
+        "/usr/x",
+        "/usr/bin/env",
+        "/etc/passwd",
+        "/etc/x",
+        "/opt/carrel/claude",
+        "/run/carrel/x",
+        "/proc/1/oom_adj",
+    ]
     return first(paths, write)
 
 
@@ -372,7 +379,9 @@ def loopback():
         with socket.create_connection(address, timeout=2) as connection:
             return f"connected from {connection.getsockname()}"
 
-    return first([(host, port) for port in PLAN["ports"] for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0")], connect)
+    return first(
+        [(host, port) for port in PLAN["ports"] for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0")], connect
+    )
 
 
 @attempt

@@ -32,7 +32,9 @@ def test_nobody_came_to_the_hosts_listener(found):
 
 
 def test_the_gateway_has_no_other_path(found):
-    answers = {name: status for name, (status, _) in found.probe["gateway_answers"].items() if name[:4] in ("GET ", "POST")}
+    answers = {
+        name: status for name, (status, _) in found.probe["gateway_answers"].items() if name[:4] in ("GET ", "POST")
+    }
     assert len(answers) > 60
     wrong = {name: status for name, status in answers.items() if status not in ("404", "400", "405", "307")}
     assert not wrong
@@ -73,7 +75,9 @@ def test_the_upstream_gets_the_real_key_and_no_header_it_might_obey(found):
         where = f"{method} {path}"
         assert headers["x-api-key"] == found.model_key, where
         assert not any(token in f"{headers}" for token in found.agent_tokens), where
-        assert not {"authorization", "x-forwarded-host", "forwarded", "x-original-url", "x-http-method-override"} & set(headers), where
+        assert not {"authorization", "x-forwarded-host", "forwarded", "x-original-url", "x-http-method-override"} & set(
+            headers
+        ), where
         assert headers["host"].startswith("127.0.0.1:"), where
 
 

@@ -1,7 +1,5 @@
 """The model's key and the link's tokens are nowhere in a sandbox, nor where another user of the host could see them."""
 
-import os
-
 import pytest
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
@@ -24,7 +22,9 @@ def test_no_secret_in_the_memory_of_a_sandbox_as_seen_from_outside(found):
 @pytest.mark.requires("root")
 def test_a_runner_knows_its_own_link_token_and_no_key_of_the_model(found):
     """That the search finds what is there, too."""
-    assert found.host["memories"]["runner"][0][0] == ["own link token"]
+    known, _ = found.host["memories"]["runner"][0]
+    assert "own link token" in known
+    assert not {"model key", "admin key"} & set(known)
     assert found.host["nursery memory"] == []
 
 
@@ -48,13 +48,9 @@ def test_no_secret_in_logs_database_or_workspaces(found):
     looked_at = set(found.host["files looked at"])
     assert {"carrel.db", "stderr", "nursery.log", "found.json"} <= looked_at
     assert found.host["secrets in files"] == []
-    assert found.host["link token's digest stored"]
+    assert found.host["database was read"]
 
 
 def test_no_secret_in_the_event_log(found):
     assert found.host["events looked at"] > 1000
     assert found.host["secrets in events"] == []
-
-
-def test_ids_of_these_tests_are_not_root_by_accident(found):
-    assert found.as_root <= (os.geteuid() == 0)

@@ -111,7 +111,9 @@ async def _answers(victim: Victim) -> None:
 
 def marked(data: Path) -> list[int]:
     """Every process of a sandbox below this data folder."""
-    names = {entry.name.encode() for entry in (data / "sandboxes").iterdir()} if (data / "sandboxes").is_dir() else set()
+    names = (
+        {entry.name.encode() for entry in (data / "sandboxes").iterdir()} if (data / "sandboxes").is_dir() else set()
+    )
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

@@ -40,7 +40,7 @@ def test_an_armed_point_kills_at_its_visit(code: str, result: int) -> None:
 
 
 def test_an_unknown_point_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="there are .*frames.stored"):
+    with pytest.raises(ValueError, match=r"there are .*frames\.stored"):
         killpoints.arm("no.such")
 
 

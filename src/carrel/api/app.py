@@ -11,9 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carrel import __version__
 from carrel.api import problems
-from carrel.api.dependencies import Services
+from carrel.api.dependencies import Services, principal
 from carrel.api.routes import events, files, health, models, query, sessions, turns
-from carrel.errors import CarrelError, FileTooLarge, UntrustedOrigin
+from carrel.errors import AuthenticationRequired, CarrelError, FileTooLarge, UntrustedOrigin
 
 API_PREFIX = "/api/v1"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -41,8 +41,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)
     app.add_middleware(_BodyLimit, max_bytes=services.max_body_bytes)
-    if services.admin_key is None:
-        app.add_middleware(_OnlyOurOwnPages)
+    app.add_middleware(_KeyFirst if services.admin_key is not None else _OnlyOurOwnPages)
     _complete_openapi(app, key_wanted=services.admin_key is not None)
     return app
 
@@ -99,6 +98,22 @@ class _BodyLimit:
         await self._app(scope, counted, send)
 
 
+class _KeyFirst:
+    """Turns away who brings no key, before a byte of the body is read or a word is said about it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(API_PREFIX + "/"):
+            try:
+                principal(HTTPConnection(scope))
+            except AuthenticationRequired as error:
+                await _refuse(error, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class _OnlyOurOwnPages:
     """Where there is no key: no page of another origin may drive the server, not even through a name of its own."""
 
@@ -117,10 +132,13 @@ class _OnlyOurOwnPages:
 
 def _trusted(connection: HTTPConnection) -> bool:
     host = connection.headers.get("host", "")
-    if urlsplit(f"//{host}").hostname not in _LOOPBACK_NAMES:
-        return False
     origin = connection.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == host
+    try:
+        if urlsplit(f"//{host}").hostname not in _LOOPBACK_NAMES:
+            return False
+        return origin is None or urlsplit(origin).netloc == host
+    except ValueError:  # not an address at all
+        return False
 
 
 async def _refuse(error: CarrelError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,20 +18,16 @@ from carrel.cli.context import context_of
 from carrel.cli.view import View
 from carrel.client import AsyncCarrel, Delta, Event, Session, TurnResult
 from carrel.client.results import result_of_events
-from carrel.errors import CarrelError, IsolationUnavailable
+from carrel.errors import DemoFailed, IsolationUnavailable
 from carrel.model import Isolation, SessionStatus
 from carrel.settings import Settings
 
-__all__ = ["DemoFailed", "demo"]
+__all__ = ["demo"]
 
 _LONGEST_SECONDS = 180
 _IDLE_SECONDS = 1.0
 _FILE = "greet.sh"
 _CONTENT = 'echo "Hello from $(basename "$PWD"), $((6 * 7)) times."'
-
-
-class DemoFailed(CarrelError):
-    """Something in the demo did not come out as it should."""
 
 
 def demo(

@@ -21,14 +21,12 @@ import structlog
 from claude_agent_sdk.types import TERMINAL_TASK_STATUSES
 from pydantic_core import to_json
 
-from carrel.errors import AgentFailed as AgentFailedError
-from carrel.errors import AgentStartFailed, SandboxLost, TurnTimedOut
+from carrel.errors import AgentFailed, AgentStartFailed, SandboxLost, TurnTimedOut
 from carrel.model import Failure, PermissionMode, StopReason, TurnStatus, new_id, utc_now
 from carrel.protocol import events
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.protocol.link import (
     Activity,
-    AgentFailed,
     AgentReady,
     AgentSession,
     Bind,
@@ -286,10 +284,6 @@ class Agent:
         if not self._closing:
             raise SandboxLost(operator_detail="\n".join(["the agent ended", *self._stderr]))
 
-    def failed(self, failure: Failure, operator_detail: str) -> None:
-        """Say that the agent cannot go on."""
-        self._send(lambda n: AgentFailed(n=n, failure=failure, operator_detail=operator_detail[:20_000]))
-
     async def _take(self, message: Any) -> None:
         match message:
             case sdk.StreamEvent():
@@ -534,7 +528,7 @@ def _ending(message: sdk.ResultMessage, running: _Running) -> tuple[TurnStatus, 
         return (
             TurnStatus.FAILED,
             StopReason.ERROR,
-            Failure(code=AgentFailedError.code, message=whole_text(text)[:4_000]),
+            Failure(code=AgentFailed.code, message=whole_text(text)[:4_000]),
         )
     return TurnStatus.SUCCEEDED, StopReason.END_TURN, None
 

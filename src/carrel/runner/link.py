@@ -73,14 +73,14 @@ class Link:
         """The number of the next numbered frame."""
         return self._outbox.next_number
 
-    def send(self, make: Callable[[int], NumberedFrame]) -> None:
-        """Queue a numbered frame; it is kept until the gateway has stored it.
+    def send(self, make: Callable[[int], NumberedFrame], *, last_words: bool = False) -> None:
+        """Queue a numbered frame; it is kept until the gateway has stored it. Last words find room where others do not.
 
         Raises:
             SpoolFull: the gateway was away for too long.
         """
         data = to_json(make(self._outbox.next_number))
-        self._outbox.put(data)
+        self._outbox.put(data, last_words=last_words)
         self._drained.clear()
         if self._connected:
             self._push(data)
@@ -104,13 +104,13 @@ class Link:
         self._queued_bytes += len(data)
         self._wake.set()
 
-    async def drain(self, timeout_seconds: float) -> bool:
-        """Wait until everything sent is stored. False when that took too long."""
+    async def drain(self, timeout_seconds: float, running: asyncio.Task[None]) -> None:
+        """Wait until everything sent is stored, the time is over, or `running` (this link's `run`) has ended."""
+        drained = asyncio.create_task(self._drained.wait(), name="drained")
         try:
-            await asyncio.wait_for(self._drained.wait(), timeout_seconds)
-        except TimeoutError:
-            return False
-        return True
+            await asyncio.wait({drained, running}, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            drained.cancel()
 
     async def run(self) -> None:
         """Stay connected.

@@ -13,9 +13,10 @@ from typing import Any
 import structlog
 
 from carrel.errors import AgentStartFailed, CarrelError, SandboxLost, SpoolFull
-from carrel.model import Failure, StopReason
+from carrel.model import Failure
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.protocol.link import (
+    AgentFailed,
     Bind,
     Ended,
     GatewayFrame,
@@ -35,7 +36,6 @@ from carrel.runner.link import Link, LinkLost
 
 log = structlog.get_logger(__name__)
 
-_DRAIN_SECONDS = 30.0
 _TRANSCRIPT_LINES = 500
 
 
@@ -64,9 +64,9 @@ class Runner:
             await self._over.wait()
         finally:
             await self._agent.close()
-            with contextlib.suppress(SpoolFull):
-                self._link.send(lambda n: Ended(n=n))
-            await self._link.drain(_DRAIN_SECONDS if not tasks[0].done() else 0)
+            self._link.send(lambda n: Ended(n=n), last_words=True)
+            # The gateway may be away at this moment: what is owed to it is worth as long a wait as it is itself.
+            await self._link.drain(0 if tasks[0].done() else self._bootstrap.reconnect_window_seconds, tasks[0])
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -89,12 +89,8 @@ class Runner:
         try:
             self._link.send(make)
         except SpoolFull as error:
-            log.error("outbox.full")
-            running = self._agent.running_turn
-            if running is not None:
-                interrupt = Interrupt(id="", turn_id=running, reason=StopReason.ERROR)
-                self._commands.put_nowait(interrupt)
-            raise SandboxLost(operator_detail=str(error)) from error
+            self._give_up(error)
+            raise
 
     def _send_delta(self, data: bytes) -> None:
         self._link.send_delta(data)
@@ -192,9 +188,13 @@ class Runner:
             self._give_up(SandboxLost(operator_detail=repr(error)))
 
     def _give_up(self, error: CarrelError) -> None:
+        """Say, once, why it cannot go on, and end."""
+        if self._over.is_set():
+            return
         log.warning("agent.failed", code=error.code, detail=error.operator_detail)
-        with contextlib.suppress(CarrelError):
-            self._agent.failed(Failure(code=error.code, message=error.message), error.operator_detail or "")
+        failure = Failure(code=error.code, message=error.message)
+        detail = (error.operator_detail or "")[:20_000]
+        self._link.send(lambda n: AgentFailed(n=n, failure=failure, operator_detail=detail), last_words=True)
         self._over.set()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from carrel.errors import SpoolFull
 
+_MOVE_BYTES = 1 << 20
+
 
 class Outbox:
     """Frames by number, oldest first. Numbers count from 1 and have no gaps."""
@@ -27,7 +29,9 @@ class Outbox:
         self._memory: deque[tuple[int, bytes]] = deque()
         self._memory_size = 0
         self._spooled: deque[tuple[int, int, int]] = deque()
-        self._spool_size = 0
+        # Positions in the spool count on; the file holds those from `_spool_start`.
+        self._spool_start = 0
+        self._spool_end = 0
         self._spool_fd: int | None = None
         self._last = 0
         self.last_acked = 0
@@ -40,8 +44,8 @@ class Outbox:
         """The number the next frame will have."""
         return self._last + 1
 
-    def put(self, frame: bytes) -> None:
-        """Keep a frame whose number is `next_number`.
+    def put(self, frame: bytes, *, last_words: bool = False) -> None:
+        """Keep a frame whose number is `next_number`. Last words are kept although there is no room.
 
         Raises:
             SpoolFull: there is no room left; the frame is not kept.
@@ -51,19 +55,36 @@ class Outbox:
             self._memory.append((self._last + 1, frame))
             self._memory_size += len(frame)
         else:
-            self._spool(frame)
+            self._spool(frame, beyond=last_words)
         self._last += 1
 
-    def _spool(self, frame: bytes) -> None:
-        if self._spool_size + len(frame) > self._disk_bound:
+    def _spool(self, frame: bytes, *, beyond: bool) -> None:
+        first = self._spooled[0][1] if self._spooled else self._spool_end
+        if self._spool_end - first + len(frame) > self._disk_bound and not beyond:
             raise SpoolFull
         if self._spool_fd is None:
             self._spool_fd = os.open(self._spool_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        if first - self._spool_start > self._disk_bound // 2:
+            self._move_to_the_front(self._spool_fd, first)
+        self._write(self._spool_fd, frame, self._spool_end - self._spool_start)
+        self._spooled.append((self._last + 1, self._spool_end, len(frame)))
+        self._spool_end += len(frame)
+
+    def _move_to_the_front(self, fd: int, first: int) -> None:
+        """Give the room of acknowledged frames back: without this a file that is never empty would fill up."""
+        position = first - self._spool_start
+        moved = 0
+        while piece := os.pread(fd, _MOVE_BYTES, position + moved):
+            self._write(fd, piece, moved)
+            moved += len(piece)
+        os.ftruncate(fd, moved)
+        self._spool_start = first
+
+    @staticmethod
+    def _write(fd: int, data: bytes, position: int) -> None:
         written = 0
-        while written < len(frame):
-            written += os.pwrite(self._spool_fd, frame[written:], self._spool_size + written)
-        self._spooled.append((self._last + 1, self._spool_size, len(frame)))
-        self._spool_size += len(frame)
+        while written < len(data):
+            written += os.pwrite(fd, data[written:], position + written)
 
     def ack(self, n: int) -> None:
         """Forget every frame up to number `n`."""
@@ -81,7 +102,7 @@ class Outbox:
         for number, offset, size in list(self._spooled):
             # What was acknowledged meanwhile is gone from the file, which may hold other frames by now.
             if number > max(n, self.last_acked) and self._spool_fd is not None:
-                yield number, os.pread(self._spool_fd, size, offset)
+                yield number, os.pread(self._spool_fd, size, offset - self._spool_start)
 
     def close(self) -> None:
         """Remove the file on disk, if there is one."""
@@ -89,5 +110,5 @@ class Outbox:
             os.close(self._spool_fd)
             self._spool_path.unlink(missing_ok=True)
         self._spool_fd = None
-        self._spool_size = 0
+        self._spool_start = self._spool_end
         self._spooled.clear()

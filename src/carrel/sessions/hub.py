@@ -87,7 +87,6 @@ class Link:
         self.last_turn = hello.last_turn
         self.background_tasks = hello.background_tasks
         self.interrupted_turn: str | None = None
-        self.failure: AgentFailed | None = None
         self.ended = False
         self.connection = connection
 
@@ -111,6 +110,11 @@ class Hub:
         self._live = live
         self._poke = poke
         self._links: dict[str, Link] = {}
+        self._failures: dict[str, AgentFailed] = {}
+
+    def take_failure(self, sandbox_id: str) -> AgentFailed | None:
+        """What the sandbox's runner said before it gave up, once; it may be gone by now."""
+        return self._failures.pop(sandbox_id, None)
 
     def link(self, sandbox_id: str) -> Link | None:
         """The sandbox's link, if it is connected now."""
@@ -236,7 +240,7 @@ class Hub:
                 link.ready = True
                 link.last_turn = frame.resumed_turn or link.last_turn
             case AgentFailed():
-                link.failure = frame
+                self._failures[link.sandbox_id] = frame
             case Activity():
                 link.background_tasks = frame.background_tasks
             case Ended():

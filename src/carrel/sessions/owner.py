@@ -34,7 +34,7 @@ from carrel.model import (
     utc_now,
 )
 from carrel.protocol.events import SessionDeleted
-from carrel.protocol.link import Bind, Interrupt, Shutdown, StartTurn
+from carrel.protocol.link import AgentFailed, Bind, Interrupt, Shutdown, StartTurn
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions import transitions
 from carrel.sessions.hub import Hub, Link, token_hash
@@ -201,8 +201,9 @@ class Owner:
 
     async def _with_sandbox(self, session: Session, view: _View, sandbox: Sandbox) -> float | None:
         link = self._hub.link(sandbox.id)
-        if link is not None and link.failure is not None:
-            await self._agent_failed(session, sandbox, link)
+        failed = self._hub.take_failure(sandbox.id)
+        if failed is not None:
+            await self._agent_failed(session, sandbox, failed)
             return 0.0
         if link is None or link.ended:
             return await self._unconnected(session, sandbox)
@@ -333,22 +334,20 @@ class Owner:
 
     # -------------------------------------------------------------------------------------------------------- endings
 
-    async def _agent_failed(self, session: Session, sandbox: Sandbox, link: Link) -> None:
-        assert link.failure is not None
-        failure = link.failure.failure
-        log.error("agent.failed", session=session.id, code=failure.code, detail=link.failure.operator_detail)
-        if failure.code == SandboxLost.code:
-            await self._lose(session.id, sandbox)
+    async def _agent_failed(self, session: Session, sandbox: Sandbox, said: AgentFailed) -> None:
+        log.error("agent.failed", session=session.id, code=said.failure.code, detail=said.operator_detail)
+        if session.status is not SessionStatus.STARTING or said.failure.code == SandboxLost.code:
+            await self._lose(session.id, sandbox, said.failure)
             return
         await self._store.write(lambda tx: tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING))
-        await self._start_failed(session.id, SandboxLaunchFailed(failure.message), failure)
+        await self._start_failed(session.id, SandboxLaunchFailed(said.failure.message), said.failure)
 
-    async def _lose(self, session_id: str, sandbox: Sandbox | None) -> None:
+    async def _lose(self, session_id: str, sandbox: Sandbox | None, failure: Failure | None = None) -> None:
         """The sandbox is gone, or is taken for gone: end what is left of it, then say so in the rows."""
         if sandbox is not None:
             log.warning("sandbox.lost", session=session_id, sandbox=sandbox.id)
             await self._end(sandbox, gracefully=False)
-        await self._store.write(lambda tx: _lost(tx, session_id))
+        await self._store.write(lambda tx: _lost(tx, session_id, failure))
 
     async def _end(self, sandbox: Sandbox, *, gracefully: bool) -> None:
         link = self._hub.link(sandbox.id)
@@ -471,16 +470,16 @@ def _evict(tx: abc.Transaction, session_id: str, sandbox_id: str) -> None:
     transitions.set_status(tx, session, SessionStatus.IDLE)
 
 
-def _lost(tx: abc.Transaction, session_id: str) -> None:
+def _lost(tx: abc.Transaction, session_id: str, failure: Failure | None = None) -> None:
     session = tx.sessions.get(session_id)
     if session is None:
         return
     live = tx.turns.live(session_id)
     if live is not None and not _goes_on(live):
-        error = SandboxLost()
-        transitions.fail_turn(
-            tx, session, live, Failure(code=error.code, message=error.message), StopReason.SANDBOX_LOST
-        )
+        lost = SandboxLost()
+        told = failure or Failure(code=lost.code, message=lost.message)
+        reason = StopReason.SANDBOX_LOST if told.code == lost.code else StopReason.ERROR
+        transitions.fail_turn(tx, session, live, told, reason)
     if session.status is SessionStatus.STARTING and tx.turns.queued(session_id):
         # Nothing was begun, so nothing was lost: the next step starts another.
         return

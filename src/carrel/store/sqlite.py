@@ -87,6 +87,7 @@ class SqliteStore(abc.Store):
         self._synchronous = "FULL" if durability == "power" else "NORMAL"
         self._on_commit = on_commit
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._closed = False
 
     async def start(self, exit_stack: AsyncExitStack) -> None:
         """Open, and bring the schema up to date; closing is registered with `exit_stack`."""
@@ -98,11 +99,11 @@ class SqliteStore(abc.Store):
             self._reader = self._engine("BEGIN", pool_size=_READERS, max_overflow=0)
             exit_stack.callback(self._reader.dispose)
             self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="carrel-store-reader")
-            exit_stack.callback(self._readers.shutdown)
+            exit_stack.push_async_callback(asyncio.to_thread, self._readers.shutdown)
         thread = threading.Thread(target=self._write_jobs, name="carrel-store-writer")
         thread.start()
-        exit_stack.callback(thread.join)
-        exit_stack.callback(self._jobs.put, None)
+        exit_stack.push_async_callback(asyncio.to_thread, thread.join)
+        exit_stack.callback(self._close)
 
     async def read(self, work: Callable[[abc.Transaction], T]) -> T:
         """Run a transaction that changes nothing, and answer what it answers."""
@@ -112,9 +113,16 @@ class SqliteStore(abc.Store):
 
     async def write(self, work: Callable[[abc.Transaction], T]) -> T:
         """Run a transaction: committed when `work` returns, rolled back when it raises."""
+        if self._closed:
+            raise RuntimeError("the store is closed")
         job: _Job[T] = _Job(work, self._loop.create_future())
         self._jobs.put(job)
         return await job.done
+
+    def _close(self) -> None:
+        """Let the writer finish what is queued; whoever comes later would wait for ever."""
+        self._closed = True
+        self._jobs.put(None)
 
     def _engine(self, begin: str, **options: Any) -> sa.Engine:
         url = "sqlite://" if self._path is None else f"sqlite:///{self._path}"

@@ -174,3 +174,11 @@ def test_delays_grow_to_a_bound_and_end() -> None:
     assert 60 <= sum(delays) <= 60 + LONGEST_DELAY_SECONDS
     patience.renew()
     assert (patience.next_delay() or 1) <= 0.1
+
+
+def test_a_server_that_is_heard_of_renews_the_patience() -> None:
+    stream = follow()
+    for _ in range(6):
+        stream.opened()
+        assert list(stream.feed(b": still here\n\n")) == []
+        assert stream.lost(CUT) <= 0.1

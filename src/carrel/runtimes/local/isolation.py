@@ -137,7 +137,7 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
     # runner adds it to the arguments. These are in a file, because everyone can read a process's arguments.
     bwrap, *flags = [*_bwrap(network), *_view(shown, network, read_only)]
     arguments = place.folder / "arguments"
-    arguments.write_text("".join(f"{flag}\0" for flag in flags))
+    arguments.write_bytes(b"".join(os.fsencode(flag) + b"\0" for flag in flags))
     arguments.chmod(0o600)
     files = {"--args": arguments}
     if filter_ := seccomp.program():
