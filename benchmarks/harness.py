@@ -218,7 +218,9 @@ def _agent_env(folder: Path, model_url: str) -> dict[str, str]:
         folder=folder, workspace=workspace, home=home, gateway_folder=folder, cli=bundled_cli(), owner=None
     )
     wrapped = isolation.wrap(Isolation.NONE, Network.HOST, place, read_only=[], sandbox_id="bench")
-    env = {name: value for name, value in wrapped.env.items() if name not in ("ANTHROPIC_UNIX_SOCKET", "CARREL_SANDBOX")}
+    env = {
+        name: value for name, value in wrapped.env.items() if name not in ("ANTHROPIC_UNIX_SOCKET", "CARREL_SANDBOX")
+    }
     return env | {
         "ANTHROPIC_BASE_URL": model_url,
         "ANTHROPIC_API_KEY": "none",
@@ -300,7 +302,9 @@ async def alternately(times: int, *both: Callable[[], Awaitable[None]]) -> None:
             await one()
 
 
-async def gather_bounded(times: int, at_once: int, work: Callable[[Connection], Awaitable[None]], server: Server) -> None:
+async def gather_bounded(
+    times: int, at_once: int, work: Callable[[Connection], Awaitable[None]], server: Server
+) -> None:
     """Do the work so many times over `at_once` connections."""
     left = iter(range(times))
 

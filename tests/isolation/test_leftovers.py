@@ -1,5 +1,7 @@
 """Every process of a sandbox bears its mark, and nothing of it is left when it ends."""
 
+import os
+
 import pytest
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
@@ -7,6 +9,8 @@ pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
 
 def test_every_process_bears_its_sandboxes_mark(found):
     assert found.host["marked"] >= 3
+    if os.geteuid() == 0:  # others may not look into a runner
+        assert found.host["unmarked"] == []
     assert found.host["mark of the parent"] is None
 
 
