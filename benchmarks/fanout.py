@@ -110,7 +110,10 @@ async def _run(server: Server, session: str, load: _Load) -> list[dict[str, Any]
         for process in processes:
             await said(process)
         await server.ask("POST", f"/sessions/{session}/turns", {"prompt": load.prompt})
-        return list(await asyncio.gather(*(said(process) for process in processes)))
+        told = list(await asyncio.gather(*(said(process) for process in processes)))
+    if lost := sum(crowd["lost"] for crowd in told):
+        raise RuntimeError(f"{lost} subscribers lost their connection")
+    return told
 
 
 MEASUREMENTS = {"fanout": fanout}

@@ -229,7 +229,9 @@ def _agent_env(folder: Path, model_url: str) -> dict[str, str]:
     }
 
 
-async def _spawn(stack: AsyncExitStack, module: str, *arguments: str, **pipes: Any) -> Process:
+async def _spawn(
+    stack: AsyncExitStack, module: str, *arguments: str, stdin: int = DEVNULL, stdout: int = DEVNULL
+) -> Process:
     """A process of ours with a clean environment; ended when the stack is left."""
     env = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     env |= {"LANG": "C.UTF-8", "CLAUDE_AGENT_SDK_SKIP_VERSION_CHECK": "1"}
@@ -241,7 +243,8 @@ async def _spawn(stack: AsyncExitStack, module: str, *arguments: str, **pipes: A
         cwd=ROOT,
         env=env,
         limit=_STDOUT_LIMIT,
-        **{"stdin": DEVNULL, "stdout": sys.stderr} | pipes,
+        stdin=stdin,
+        stdout=stdout,
     )
     stack.push_async_callback(_end, process)
     return process

@@ -106,8 +106,8 @@ async def live(bench: Bench) -> list[Figure]:
         ),
         _figure("live_runner", "of that: the runner, private", [t.runner.private for t in trees]),
         _figure("parent", "the preloaded parent, private", [nursery.private]),
-        _figure("gateway_0", "the gateway, nothing done yet, private", [before.private], note=_resident(before)),
-        _figure("gateway_live", f"the gateway, {count} live, private", [gateway.private], note=_resident(gateway)),
+        _figure("gateway_0", "the gateway, nothing done yet, resident", [before.resident], note=_private(before)),
+        _figure("gateway_live", f"the gateway, {count} live, resident", [gateway.resident], note=_private(gateway)),
     ]
 
 
@@ -135,7 +135,7 @@ async def idle(bench: Bench) -> list[Figure]:
         found, processes = memory(gateway), len(server.sandbox_processes())
     return [
         _figure("idle_processes", f"processes of {count} idle sessions", [processes], unit=""),
-        _figure("gateway_1000_idle", f"the gateway, {count} idle, private", [found.private], note=_resident(found)),
+        _figure("gateway_1000_idle", f"the gateway, {count} idle, resident", [found.resident], note=_private(found)),
         _figure("gateway_cpu", f"the gateway at rest, CPU over {seconds} s", [cpu], unit="%"),
     ]
 
@@ -205,8 +205,8 @@ def _figure(
     )
 
 
-def _resident(found: Memory) -> str:
-    return f"resident {found.resident:.0f} MB"
+def _private(found: Memory) -> str:
+    return f"private {found.private:.0f} MB"
 
 
 MEASUREMENTS = {"live": live, "idle": idle, "listing": listing}

@@ -81,8 +81,8 @@ def _parts(figure: Figure) -> list[str]:
         sides.setdefault(hop, {})[side] = value
     total = sum(value for name, value in figure.parts.items() if name.startswith("Carrel"))
     lines = ["| hop (medians) | Carrel, ms | share | bare SDK, ms |", "|---|---|---|---|"]
-    for hop, value in sides.items():
-        own, bare = value.get("Carrel"), value.get("bare")
+    for hop, both in sides.items():
+        own, bare = both.get("Carrel"), both.get("bare")
         share = f"{own / total:.0%}" if own is not None else ""
         lines.append(f"| {hop} | {_number(own)} | {share} | {_number(bare)} |")
     return lines

@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
@@ -29,6 +29,7 @@ class Crowd:
         self._left = self._missing = count
         self.traced = traced
         self.frames = 0
+        self.lost = 0
         self.first = 0.0
         self.last = 0.0
         self.received: dict[int, list[float]] = {}
@@ -46,6 +47,12 @@ class Crowd:
         self._left -= 1
         if not self._left:
             self.over.set()
+
+    def one_lost(self) -> None:
+        """A subscriber's connection ended before its time."""
+        self.lost += 1
+        self.ready.set()
+        self.over.set()
 
     def took(self, frames: int, now: float) -> None:
         """A subscriber received frames."""
@@ -66,8 +73,12 @@ class Subscriber(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask for the stream."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(self._request)
+        cast("asyncio.Transport", transport).write(self._request)  # uvloop's are none by inheritance
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Say so, rather than wait for what will not come."""
+        if not self._ended:
+            self._crowd.one_lost()
 
     def data_received(self, data: bytes) -> None:
         """Take what came."""
@@ -105,7 +116,13 @@ async def main(options: dict[str, Any]) -> None:
     await crowd.ready.wait()
     print(json.dumps({"ready": True}), flush=True)
     await crowd.over.wait()
-    told = {"frames": crowd.frames, "first": crowd.first, "last": crowd.last, "received": crowd.received}
+    told = {
+        "lost": crowd.lost,
+        "frames": crowd.frames,
+        "first": crowd.first,
+        "last": crowd.last,
+        "received": crowd.received,
+    }
     print(json.dumps(told), flush=True)
     for transport in transports:
         transport.close()

@@ -65,6 +65,12 @@ async def test_broken_bodies_and_unknown_places_are_problems_too(api):
             assert response.json()["code"] == code
 
 
+async def test_a_body_without_its_content_type_is_told_what_to_send(api):
+    response = await api.http.post("/sessions", content=b'{"title": "x"}')
+    assert response.status_code == 422
+    assert "Content-Type: application/json" in response.json()["detail"]
+
+
 async def test_lists_are_newest_first_and_their_cursors_walk_them_whole(api):
     made = [await api.session(title=str(i)) for i in range(7)]
     walked, cursor = [], None

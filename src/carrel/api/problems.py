@@ -98,7 +98,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return problem(_validation_failed(list(error.errors())), request.url.path)
+        errors = list(error.errors())
+        if any(item["loc"] == ("body",) for item in errors) and "json" not in request.headers.get("content-type", ""):
+            errors = [{"loc": ("body",), "msg": "must be JSON, sent with the header Content-Type: application/json"}]
+        return problem(_validation_failed(errors), request.url.path)
 
     @app.exception_handler(ValidationError)
     async def invalid_inside(request: Request, error: ValidationError) -> Response:

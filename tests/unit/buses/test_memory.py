@@ -17,7 +17,7 @@ async def test_frames_arrive_in_order_and_once() -> None:
 
 async def test_room_is_given_back_when_frames_are_taken() -> None:
     bus = MemoryBus()
-    size = len(stored_event("a", 1, "x" * 100).sse())
+    size = len(stored_event("a", 99, "x" * 100).sse())
     async with bus.subscribe("a", max_bytes=size) as subscription:
         for seq in range(1, 10):
             bus.publish("a", [stored_event("a", seq, "x" * 100)])

@@ -1,6 +1,7 @@
 """One worker at a time per key."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
@@ -95,7 +96,7 @@ async def test_a_step_is_called_again_when_it_said(start: Start) -> None:
     scheduler = await start(step)
     scheduler.poke("a")
     await asyncio.wait_for(done.wait(), 5)
-    assert all(later - earlier >= 0.025 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 0.025 for earlier, later in itertools.pairwise(times))
 
 
 async def test_a_poke_does_not_wait_for_the_timer(start: Start) -> None:
@@ -124,7 +125,8 @@ async def test_a_step_that_fails_is_tried_again_ever_more_slowly(start: Start) -
     scheduler = await start(step)
     scheduler.poke("a")
     await asyncio.wait_for(well.wait(), 10)
-    assert times[2] - times[1] > times[1] - times[0] >= 0.1
+    assert times[1] - times[0] >= 0.2
+    assert times[2] - times[1] >= 0.4
 
 
 async def test_one_keys_failure_is_no_others(start: Start) -> None:

@@ -46,10 +46,28 @@ class World:
         frame = DeltaFrame(delta=kind, turn_id="t", message_id=message, offset=offset, text=text)
         self.live.deltas(self.session.id, [frame])
 
-    def follow(self, *, deltas: bool = True, after: int = 0, buffer: int = 10**6, turn: str | None = "t") -> "Viewer":
+    def follow(
+        self,
+        *,
+        deltas: bool = True,
+        after: int = 0,
+        buffer: int = 10**6,
+        turn: str | None = "t",
+        heartbeat: float = 5.0,
+    ) -> "Viewer":
         streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer)
-        batches = streams.follow(self.session.id, after=after, deltas=deltas, until_turn=turn, heartbeat_seconds=0.02)
-        return Viewer(batches)
+        return Viewer(
+            streams.follow(self.session.id, after=after, deltas=deltas, until_turn=turn, heartbeat_seconds=heartbeat)
+        )
+
+    async def watched(self) -> None:
+        """Until every viewer has taken all there is, and waits for more."""
+        assert isinstance(self.bus, MemoryBus)
+        async with asyncio.timeout(10):
+            while not (queues := self.bus._queues.get(self.session.id)) or not all(
+                queue._waiter is not None and not queue._frames for queue in queues
+            ):
+                await asyncio.sleep(0.001)
 
 
 class Viewer:
@@ -96,7 +114,7 @@ async def world() -> AsyncIterator[World]:
 async def test_a_viewer_sees_events_and_deltas_in_their_places(world: World) -> None:
     viewer = world.follow()
     reading = asyncio.ensure_future(viewer.rest())
-    await asyncio.sleep(0.01)
+    await world.watched()
     await world.started()
     world.delta(0, "he")
     world.delta(2, "llo")
@@ -161,26 +179,33 @@ async def test_a_block_that_was_closed_while_somebody_joined_is_not_said_again(w
 async def test_a_turn_that_was_cancelled_in_the_queue_disturbs_no_message(world: World) -> None:
     await world.started()
     viewer = world.follow()
-    await viewer.read(1)
+    reading = asyncio.ensure_future(viewer.rest())
+    await world.watched()
     world.delta(0, "one ")
     await world.over(turn_id="queued")
     world.delta(4, "two")
+    await world.watched()
+    late = world.follow()
+    await late.read(2)
+    assert late.story == ["1 turn.started", "text 0 one two"]
+    await late.close()
     await world.said("one two")
     await world.over()
-    await viewer.rest()
+    await reading
     assert [line for line in viewer.story if line.startswith("text")] == ["text 0 one ", "text 4 two"]
 
 
 async def test_a_message_that_is_made_anew_is_announced(world: World) -> None:
     await world.started()
     viewer = world.follow()
-    await viewer.read(1)
+    reading = asyncio.ensure_future(viewer.rest())
+    await world.watched()
     world.delta(0, "wrong")
     world.delta(0, "", kind="reset")
     world.delta(0, "right")
     await world.said("right")
     await world.over()
-    await viewer.rest()
+    await reading
     assert viewer.story[1:4] == ["text 0 wrong", "reset 0 ", "text 0 right"]
 
 
@@ -246,7 +271,7 @@ async def test_a_stream_ends_with_its_session(world: World) -> None:
 
 
 async def test_silence_is_told(world: World) -> None:
-    viewer = world.follow(turn=None)
+    viewer = world.follow(turn=None, heartbeat=0.02)
     assert await anext(viewer._batches) == []
     await world.started()
     await viewer.read(1)
@@ -304,7 +329,7 @@ async def test_whatever_the_bus_does_a_viewers_text_is_right(fault: type | None,
         await store.start(stack)
         world = World(store, bus, live, await add_session(store))
         await world.started()
-        viewers = [world.follow(buffer=die.choice([800, 10**6])) for _ in range(3)]
+        viewers = [world.follow(buffer=die.choice([800, 10**6]), heartbeat=0.02) for _ in range(3)]
         reading = [asyncio.ensure_future(viewer.rest()) for viewer in viewers[:2]]
         for i in range(25):
             text, offset = "".join(die.choices("abcdefgh𝄞", k=30)), 0
