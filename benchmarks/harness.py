@@ -50,6 +50,9 @@ class Bench:
     @asynccontextmanager
     async def open(cls, *, quick: bool) -> AsyncIterator[Bench]:
         """Start the model."""
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with AsyncExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix="carrel-bench-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -252,7 +252,11 @@ async def test_a_query_leaves_nothing(api):
         return (await api.ask("GET", "/sessions"))["data"] == []
 
     await api.until("no session is left", none_left)
-    assert not list((api.server.data / "sessions").iterdir())
+
+    async def no_files_left():
+        return not list((api.server.data / "sessions").iterdir())
+
+    await api.until("no files are left", no_files_left)
 
 
 async def test_what_would_ask_a_person_is_denied_clearly(api):

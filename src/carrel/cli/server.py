@@ -342,7 +342,13 @@ async def _serve_unix(app: Any, path: Path, stack: AsyncExitStack, *, everyone: 
     path.chmod(0o666 if everyone else 0o600)
     stack.callback(path.unlink, missing_ok=True)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1, server_header=False
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+        server_header=False,
     )
     await _start(config, stack, [listener])
 
@@ -450,7 +456,11 @@ def _say(settings: Settings, url: str, key: AdminKey | None, source: Any) -> Non
     if settings.auth == "none":
         log.warning("server.no_auth", why="auth is none: every local process can use this server")
     if settings.isolation in (Isolation.NONE, Isolation.CONTAINER):
-        log.warning("server.not_isolated", isolation=settings.isolation, why="sessions can see each other")
+        log.warning(
+            "server.not_isolated",
+            isolation=settings.isolation,
+            why="sessions can see each other, and reach whatever this host can",
+        )
     if isinstance(source, credentials.NoCredential):
         from carrel.errors import MissingCredential
 

@@ -196,6 +196,7 @@ class Agent:
             session_store_flush="eager",
             max_buffer_size=boot.max_frame_bytes,
             can_use_tool=_deny,
+            hooks={"PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool])]},
             stderr=self._take_stderr,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -253,6 +254,18 @@ class Agent:
             log.warning("agent.deaf", turn=running.turn_id)
             self._end(running, *_ending_of(running))
             await self._client.disconnect()
+
+    async def _before_tool(self, given: Any, tool_use_id: str | None, context: Any) -> sdk.HookJSONOutput:
+        """Asked before every call of a tool. Once a turn is to end, none begins: an interrupt takes its time."""
+        if self._running is None or self._running.interrupted is None:
+            return {}
+        return {
+            "hookSpecificOutput": {
+                "hookEventName": "PreToolUse",
+                "permissionDecision": "deny",
+                "permissionDecisionReason": "The turn is being ended.",
+            }
+        }
 
     async def set_model(self, model: str | None) -> None:
         """Use another model from here on."""

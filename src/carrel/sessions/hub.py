@@ -323,7 +323,7 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> N
         case AgentSession():
             tx.sessions.update(session.id, agent_session_id=frame.agent_session_id)
         case AgentReady():
-            _agent_ready(tx, sandbox, session)
+            _agent_ready(tx, sandbox, session, frame)
         case Activity():
             # A background task has begun or ended: idleness is counted from here.
             tx.sessions.update(session.id, **transitions.touch(session, utc_now()))
@@ -334,11 +334,16 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> N
             _turn_ended(tx, sandbox, session, frame)
 
 
-def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session) -> None:
-    if sandbox.status is SandboxStatus.LAUNCHING:
-        tx.sandboxes.update(sandbox.id, status=SandboxStatus.LIVE)
-        if session.status is SessionStatus.STARTING:
-            transitions.set_status(tx, session, SessionStatus.READY)
+def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: AgentReady) -> None:
+    if sandbox.status is not SandboxStatus.LAUNCHING:
+        return
+    tx.sandboxes.update(sandbox.id, status=SandboxStatus.LIVE)
+    if session.status is SessionStatus.STARTING:
+        session = transitions.set_status(tx, session, SessionStatus.READY)
+    # Here and not in the owner's next step: what the agent says of the turn may stand right behind this frame.
+    turn = tx.turns.live(session.id)
+    if turn is not None and turn.id == frame.resumed_turn and session.status is SessionStatus.READY:
+        transitions.continue_turn(tx, session, turn, sandbox.id)
 
 
 def _turn_ended(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: TurnEnded) -> None:

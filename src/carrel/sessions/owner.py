@@ -459,7 +459,7 @@ def _launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str) -> bool:
 def _continue(tx: abc.Transaction, session_id: str, turn_id: str, sandbox: Sandbox) -> None:
     session, turn = tx.sessions.get(session_id), tx.turns.get(turn_id)
     if session is not None and turn is not None and not turn.status.ended:
-        transitions.continue_turn(tx, session, turn, sandbox.id, attempt=sandbox.generation)
+        transitions.continue_turn(tx, session, turn, sandbox.id)
 
 
 def _evict(tx: abc.Transaction, session_id: str, sandbox_id: str) -> None:

@@ -96,9 +96,10 @@ def start_turn(tx: abc.Transaction, session: Session, turn: Turn, sandbox_id: st
     return updated
 
 
-def continue_turn(tx: abc.Transaction, session: Session, turn: Turn, sandbox_id: str, attempt: int) -> None:
+def continue_turn(tx: abc.Transaction, session: Session, turn: Turn, sandbox_id: str) -> None:
     """A new sandbox takes up a turn whose first one was lost."""
-    tx.turns.update(turn.id, sandbox_id=sandbox_id)
+    attempt = turn.options.get("attempt", 1) + 1
+    tx.turns.update(turn.id, sandbox_id=sandbox_id, options=turn.options | {"attempt": attempt})
     set_status(tx, session, SessionStatus.RUNNING)
     emit(tx, session.id, events.TurnStarted(origin=turn.origin, attempt=attempt), turn_id=turn.id)
 

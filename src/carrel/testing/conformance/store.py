@@ -27,7 +27,7 @@ from carrel.model import (
 from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent
 from carrel.testing.conformance.checks import collect, must, must_equal, must_raise
 
-__all__ = ["CHECKS", "DURABLE_CHECKS", "OpenStore", "new_event", "new_session", "new_turn"]
+__all__ = ["CHECKS", "DURABLE_CHECKS", "OpenStore", "new_event", "new_sandbox", "new_session", "new_turn"]
 
 OnCommit = Callable[[list[StoredEvent]], None]
 OpenStore = Callable[[OnCommit], AbstractAsyncContextManager[abc.Store]]
