@@ -24,6 +24,10 @@ class _Load:
     per_second: int | None = None
 
     @property
+    def crowd(self) -> str:
+        return f"{self.subscribers:,} subscriber{'s' * (self.subscribers > 1)}"
+
+    @property
     def prompt(self) -> str:
         pace = f" @{self.per_second}" if self.per_second else ""
         return f"[[count: {self.numbers}{pace}]]"
@@ -40,7 +44,9 @@ async def fanout(bench: Bench) -> list[Figure]:
             figures.append(
                 _rate(f"burst_{subscribers}", "as fast as it goes", burst, await _run(server, session, burst))
             )
-            for name, pace in (("goal", _GOAL_PER_SECOND), ("third", _GOAL_PER_SECOND // 3)):
+            # One subscriber gets no more than one agent says.
+            paces = {"goal": _GOAL_PER_SECOND, "third": _GOAL_PER_SECOND // 3} if subscribers > 1 else {"calm": 1000}
+            for name, pace in paces.items():
                 rate = pace // subscribers
                 load = _Load(subscribers, max(10, rate * bench.times(6, 1)), rate)
                 figures += await _paced(bench, server, session, name, load)
@@ -67,7 +73,7 @@ async def _paced(bench: Bench, server: Server, session: str, name: str, load: _L
     return [
         Figure(
             key=f"fanout.{name}_{load.subscribers}",
-            what=f"{load.subscribers:,} subscribers, {asked:,}/s asked: model's byte to subscriber",
+            what=f"{load.crowd}, {asked:,}/s asked: from the model to the subscriber",
             unit="ms",
             carrel=Summary.of(late),
             note=f"{achieved:,.0f}/s delivered",
@@ -79,7 +85,7 @@ def _rate(key: str, how: str, load: _Load, told: list[dict[str, Any]]) -> Figure
     frames = sum(crowd["frames"] for crowd in told)
     return Figure(
         key=f"fanout.{key}",
-        what=f"{load.subscribers:,} subscribers, {how}",
+        what=f"{load.crowd}, {how}",
         unit="/s",
         carrel=Summary.of([_per_second(told)]),
         note=f"{frames:,} deliveries, of {load.numbers * load.subscribers:,} deltas said",

@@ -131,7 +131,7 @@ async def idle(bench: Bench) -> list[Figure]:
         used = gateway.cpu_times()
         await asyncio.sleep(seconds)
         now = gateway.cpu_times()
-        cpu = 100 * (now.user + now.system - used.user - used.system) / seconds
+        cpu = max(0.0, 100 * (now.user + now.system - used.user - used.system) / seconds)
         found, processes = memory(gateway), len(server.sandbox_processes())
     return [
         _figure("idle_processes", f"processes of {count} idle sessions", [processes], unit=""),

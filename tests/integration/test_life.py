@@ -102,7 +102,7 @@ async def test_viewers_of_a_deleted_session_are_told_and_let_go(api):
     async def watch():
         async with api.stream("GET", f"/sessions/{session}/events") as stream:
             async for frame in stream:
-                seen.append(frame["event"])
+                seen.append(frame["event"])  # noqa: PERF401 - looked at meanwhile
 
     watching = asyncio.create_task(watch())
     await api.until("the viewer is there", lambda: asyncio.sleep(0, bool(seen)))

@@ -17,8 +17,7 @@ async def test_a_streamed_turn_shows_tokens_before_their_block_ends(api):
     session = await api.session()
     seen = []
     async with api.stream("POST", f"/sessions/{session}/turns", json={"prompt": "[[count: 30 @60]]"}) as stream:
-        async for frame in stream:
-            seen.append(frame)
+        seen.extend([frame async for frame in stream])
     kinds = [frame["event"] for frame in seen]
     deltas = [i for i, frame in enumerate(seen) if frame["event"] == "delta"]
     assert len(deltas) >= 25
@@ -244,8 +243,7 @@ async def test_a_query_leaves_nothing(api):
     assert result["text"] == "once"
     seen = []
     async with api.stream("POST", "/query", json={"prompt": "[[say: twice]]"}) as stream:
-        async for frame in stream:
-            seen.append(frame)
+        seen.extend([frame async for frame in stream])
     assert texts(seen) == "twice"
 
     async def none_left():

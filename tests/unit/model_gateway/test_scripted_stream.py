@@ -29,7 +29,7 @@ async def socket(tmp_path: Path) -> AsyncIterator[str]:
     config = uvicorn.Config(create_app(), uds=path, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(), name="scripted model")
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+    while not server.started:
         await asyncio.sleep(0.005)
     yield path
     server.should_exit = True
@@ -179,7 +179,7 @@ async def test_a_client_that_leaves_ends_the_work(client: httpx.AsyncClient) -> 
         with contextlib.suppress(httpx.ReadTimeout):
             await client.post("/v1/messages", json={**ask("[[wait: 600]]"), "stream": False}, timeout=0.1)
     async with asyncio.timeout(3):
-        while len(asyncio.all_tasks()) > before:  # noqa: ASYNC110 - nor for this
+        while len(asyncio.all_tasks()) > before:
             await asyncio.sleep(0.01)
 
 
