@@ -8,8 +8,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from benchmarks.figures import Figure, Summary
-from benchmarks.harness import Bench, Server, said, spawned
+from benchmarks.harness import Bench, Server, said, spawned, until
 
 _GOAL_PER_SECOND = 30_000
 _CROWDS = 2
@@ -97,6 +99,18 @@ def _per_second(told: list[dict[str, Any]]) -> float:
     return float(frames / (max(crowd["last"] for crowd in told) - min(crowd["first"] for crowd in told)))
 
 
+async def _at_rest(server: Server) -> None:
+    """Wait until the gateway has done what a thousand new subscribers ask of it: each reads the store twice."""
+    gateway = psutil.Process(server.process.pid)
+
+    async def check() -> bool:
+        used = sum(gateway.cpu_times()[:2])
+        await asyncio.sleep(0.3)
+        return sum(gateway.cpu_times()[:2]) - used < 0.03
+
+    await until("the gateway is at rest", check)
+
+
 async def _run(server: Server, session: str, load: _Load) -> list[dict[str, Any]]:
     """Have all subscribe, have the model count, and gather what they say."""
     seen = (await server.ask("GET", f"/sessions/{session}"))["last_seq"]
@@ -108,13 +122,14 @@ async def _run(server: Server, session: str, load: _Load) -> list[dict[str, Any]
                 "host": server.address.host,
                 "port": server.address.port,
                 "key": server.address.key,
-                "path": f"/api/v1/sessions/{session}/events?after={seen}&deltas=true",
+                "path": f"/api/v1/sessions/{session}/events?after={seen - 1}&deltas=true",
                 "count": load.subscribers // crowds,
                 "traced": load.per_second is not None,
             }
             processes.append(await stack.enter_async_context(spawned("benchmarks.subscribers", json.dumps(options))))
         for process in processes:
             await said(process)
+        await _at_rest(server)
         await server.ask("POST", f"/sessions/{session}/turns", {"prompt": load.prompt})
         told = list(await asyncio.gather(*(said(process) for process in processes)))
     if lost := sum(crowd["lost"] for crowd in told):

@@ -37,7 +37,7 @@ class Crowd:
         self.over = asyncio.Event()
 
     def one_connected(self) -> None:
-        """A subscriber has its first bytes."""
+        """A subscriber has its first frame."""
         self._missing -= 1
         if not self._missing:
             self.ready.set()
@@ -83,16 +83,16 @@ class Subscriber(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what came."""
         now = time.time()
-        if not self._connected:
-            if b"\n\n" not in data:
-                return  # the answer's head; the stream's first words follow
-            self._connected = True
-            self._crowd.one_connected()
         # A frame may be cut anywhere: what follows the last whole one waits for more.
         whole, end, rest = (self._rest + data).rpartition(b"\n\n")
         self._rest = rest
         frames = whole.count(_FRAME) if end else 0
         if not frames:
+            return
+        if not self._connected:
+            # What was stored before, asked for so that it can be seen when the server has begun to follow.
+            self._connected = True
+            self._crowd.one_connected()
             return
         self._crowd.took(frames, now)
         if self._crowd.traced:

@@ -53,6 +53,7 @@ log = structlog.get_logger(__name__)
 _TRANSCRIPT_LINES: Final = 200
 _HELLO_SECONDS: Final = 10.0
 _GROUP_FRAMES: Final = 500
+_WAITING_BYTES: Final = 16 * 1024 * 1024
 
 
 def token_hash(token: str) -> str:
@@ -168,15 +169,21 @@ class Hub:
 
     async def _serve_frames(self, link: Link) -> None:
         received: deque[RunnerFrame] = deque()
-        some = asyncio.Event()
+        received_bytes = 0
+        some, room = asyncio.Event(), asyncio.Event()
         over = False
 
         async def read() -> None:
-            nonlocal over
+            nonlocal over, received_bytes
             try:
                 while (message := await link.connection.receive()) is not None:
                     received.extend(RUNNER_FRAME.validate_json(line) for line in message.split(b"\n"))
+                    received_bytes += len(message)
                     some.set()
+                    # The runner keeps what we do not read, to a bound of its own.
+                    while received_bytes > _WAITING_BYTES:
+                        room.clear()
+                        await room.wait()
             except ValidationError as error:
                 log.error("link.bad_frame", sandbox=link.sandbox_id, error=str(error)[:500])
                 await link.connection.close()
@@ -188,6 +195,8 @@ class Hub:
         try:
             while not over or received:
                 if not received:
+                    received_bytes = 0
+                    room.set()
                     some.clear()
                     await some.wait()
                     continue

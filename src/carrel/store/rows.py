@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -49,21 +50,38 @@ def _number_of(cursor: str) -> int:
     return number
 
 
+def _update(table: sa.Table, names: Iterable[str]) -> sa.Update:
+    """Changes the named columns; their values are parameters of the same names."""
+    return table.update().values({name: sa.bindparam(name) for name in names})
+
+
 class _Rows:
+    """Statements that run often are built once: building one costs several times what SQLite needs to run it."""
+
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
-    def _one(self, statement: sa.Executable) -> Mapping[str, Any] | None:
-        row = self._connection.execute(statement).mappings().first()
+    def _one(self, statement: sa.Executable, **parameters: Any) -> Mapping[str, Any] | None:
+        row = self._connection.execute(statement, parameters).mappings().first()
         return dict(row) if row is not None else None
 
-    def _all(self, statement: sa.Executable) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._connection.execute(statement).mappings()]
+    def _all(self, statement: sa.Executable, **parameters: Any) -> list[dict[str, Any]]:
+        return [dict(row) for row in self._connection.execute(statement, parameters).mappings()]
 
 
 # ---------------------------------------------------------------------------------------------------------- sessions
 
 _SESSION_COLUMNS = [tables.sessions.c[name] for name in Session.model_fields]
+_THIS_SESSION = (tables.sessions.c.id == sa.bindparam("this")) & ~tables.sessions.c.deleting
+_GET_SESSION = sa.select(*_SESSION_COLUMNS).where(_THIS_SESSION)
+_NEXT_NUMBER = (
+    sa.update(tables.counters)
+    .where(tables.counters.c.name == "session")
+    .values(value=tables.counters.c.value + 1)
+    .returning(tables.counters.c.value)
+)
+_ADD_SESSION = tables.sessions.insert()
+_IS_DELETING = sa.select(tables.sessions.c.deleting).where(tables.sessions.c.id == sa.bindparam("this"))
 
 
 class SqlSessions(_Rows, abc.SessionRows):
@@ -71,34 +89,21 @@ class SqlSessions(_Rows, abc.SessionRows):
 
     def next_number(self) -> int:
         """A number no session of this installation has had."""
-        bump = (
-            sa.update(tables.counters)
-            .where(tables.counters.c.name == "session")
-            .values(value=tables.counters.c.value + 1)
-            .returning(tables.counters.c.value)
-        )
-        return int(self._connection.execute(bump).scalar_one())
+        return int(self._connection.execute(_NEXT_NUMBER).scalar_one())
 
     def add(self, session: Session) -> None:
         """Store a new session."""
-        self._connection.execute(tables.sessions.insert().values(**_columns(session)))
+        self._connection.execute(_ADD_SESSION, _columns(session))
 
     def get(self, session_id: str) -> Session | None:
         """The session, or None."""
-        row = self._one(
-            sa.select(*_SESSION_COLUMNS).where(tables.sessions.c.id == session_id, ~tables.sessions.c.deleting)
-        )
+        row = self._one(_GET_SESSION, this=session_id)
         return Session.model_validate(row) if row else None
 
     def update(self, session_id: str, **changes: Any) -> Session:
         """Change columns. Raises SessionNotFound where the session is gone."""
         values = {name: _plain(value) for name, value in changes.items()}
-        row = self._one(
-            tables.sessions.update()
-            .where(tables.sessions.c.id == session_id, ~tables.sessions.c.deleting)
-            .values(**values)
-            .returning(*_SESSION_COLUMNS)
-        )
+        row = self._one(_update_session(frozenset(values)), this=session_id, **values)
         if row is None:
             raise SessionNotFound
         return Session.model_validate(row)
@@ -134,8 +139,7 @@ class SqlSessions(_Rows, abc.SessionRows):
 
     def deleting(self, session_id: str) -> bool:
         """Whether the session is deleted and something of it is still to be removed."""
-        query = sa.select(tables.sessions.c.deleting).where(tables.sessions.c.id == session_id)
-        return bool(self._connection.execute(query).scalar())
+        return bool(self._connection.execute(_IS_DELETING, {"this": session_id}).scalar())
 
     def mark_deleting(self, session_id: str) -> None:
         """From now on the session is not found; what is left of it is still to be removed."""
@@ -144,9 +148,30 @@ class SqlSessions(_Rows, abc.SessionRows):
         )
 
 
+@cache
+def _update_session(names: frozenset[str]) -> sa.Executable:
+    return _update(tables.sessions, names).where(_THIS_SESSION).returning(*_SESSION_COLUMNS)
+
+
 # ------------------------------------------------------------------------------------------------------------- turns
 
 _TURN_COLUMNS = [tables.turns.c[name] for name in Turn.model_fields]
+_THIS_TURN = tables.turns.c.id == sa.bindparam("this")
+_GET_TURN = sa.select(*_TURN_COLUMNS).where(_THIS_TURN)
+_ADD_TURN = tables.turns.insert()
+_OF_THIS_SESSION = tables.turns.c.session_id == sa.bindparam("session")
+_QUEUED = (
+    sa.select(*_TURN_COLUMNS)
+    .where(_OF_THIS_SESSION, tables.turns.c.status == TurnStatus.QUEUED)
+    .order_by(tables.turns.c.number)
+)
+_LIVE = (
+    sa.select(*_TURN_COLUMNS)
+    .where(_OF_THIS_SESSION, tables.turns.c.status.in_((TurnStatus.RUNNING, TurnStatus.WAITING)))
+    .order_by(tables.turns.c.number)
+    .limit(1)
+)
+_NEWEST_TURN = sa.select(sa.func.max(tables.turns.c.number)).where(_OF_THIS_SESSION)
 
 
 class SqlTurns(_Rows, abc.TurnRows):
@@ -154,19 +179,17 @@ class SqlTurns(_Rows, abc.TurnRows):
 
     def add(self, turn: Turn) -> None:
         """Store a new turn."""
-        self._connection.execute(tables.turns.insert().values(**_columns(turn)))
+        self._connection.execute(_ADD_TURN, _columns(turn))
 
     def get(self, turn_id: str) -> Turn | None:
         """The turn, or None."""
-        row = self._one(sa.select(*_TURN_COLUMNS).where(tables.turns.c.id == turn_id))
+        row = self._one(_GET_TURN, this=turn_id)
         return Turn.model_validate(row) if row else None
 
     def update(self, turn_id: str, **changes: Any) -> Turn:
         """Change columns. Raises TurnNotFound."""
         values = {name: _plain(value) for name, value in changes.items()}
-        row = self._one(
-            tables.turns.update().where(tables.turns.c.id == turn_id).values(**values).returning(*_TURN_COLUMNS)
-        )
+        row = self._one(_update_turn(frozenset(values)), this=turn_id, **values)
         if row is None:
             raise TurnNotFound
         return Turn.model_validate(row)
@@ -184,31 +207,33 @@ class SqlTurns(_Rows, abc.TurnRows):
 
     def queued(self, session_id: str) -> Sequence[Turn]:
         """The turns that wait, in order."""
-        query = sa.select(*_TURN_COLUMNS).where(
-            tables.turns.c.session_id == session_id, tables.turns.c.status == TurnStatus.QUEUED
-        )
-        return [Turn.model_validate(row) for row in self._all(query.order_by(tables.turns.c.number))]
+        return [Turn.model_validate(row) for row in self._all(_QUEUED, session=session_id)]
 
     def live(self, session_id: str) -> Turn | None:
         """The one turn that runs or waits for a person, or None."""
-        row = self._one(
-            sa.select(*_TURN_COLUMNS)
-            .where(
-                tables.turns.c.session_id == session_id,
-                tables.turns.c.status.in_((TurnStatus.RUNNING, TurnStatus.WAITING)),
-            )
-            .order_by(tables.turns.c.number)
-            .limit(1)
-        )
+        row = self._one(_LIVE, session=session_id)
         return Turn.model_validate(row) if row else None
 
     def next_number(self, session_id: str) -> int:
         """The number of the session's next turn."""
-        newest = sa.select(sa.func.max(tables.turns.c.number)).where(tables.turns.c.session_id == session_id)
-        return int(self._connection.execute(newest).scalar() or 0) + 1
+        return int(self._connection.execute(_NEWEST_TURN, {"session": session_id}).scalar() or 0) + 1
+
+
+@cache
+def _update_turn(names: frozenset[str]) -> sa.Executable:
+    return _update(tables.turns, names).where(_THIS_TURN).returning(*_TURN_COLUMNS)
 
 
 # ------------------------------------------------------------------------------------------------------------ events
+
+
+_NUMBER_EVENTS = (
+    tables.sessions.update()
+    .where(tables.sessions.c.id == sa.bindparam("this"))
+    .values(last_seq=tables.sessions.c.last_seq + sa.bindparam("count"))
+    .returning(tables.sessions.c.last_seq)
+)
+_ADD_EVENTS = tables.events.insert()
 
 
 class SqlEvents(_Rows, abc.EventRows):
@@ -223,13 +248,7 @@ class SqlEvents(_Rows, abc.EventRows):
         new = list(events)
         if not new:
             return []
-        bump = (
-            tables.sessions.update()
-            .where(tables.sessions.c.id == session_id)
-            .values(last_seq=tables.sessions.c.last_seq + len(new))
-            .returning(tables.sessions.c.last_seq)
-        )
-        last = self._connection.execute(bump).scalar_one_or_none()
+        last = self._connection.execute(_NUMBER_EVENTS, {"this": session_id, "count": len(new)}).scalar_one_or_none()
         if last is None:
             raise SessionNotFound
         stored = [
@@ -254,7 +273,7 @@ class SqlEvents(_Rows, abc.EventRows):
             }
             for e in stored
         ]
-        self._connection.execute(tables.events.insert(), rows)
+        self._connection.execute(_ADD_EVENTS, rows)
         self.appended.extend(stored)
         return stored
 
@@ -355,6 +374,19 @@ def _batches(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:
 # --------------------------------------------------------------------------------------------------------- sandboxes
 
 _SANDBOX_COLUMNS = [tables.sandboxes.c[name] for name in Sandbox.model_fields]
+_THIS_SANDBOX = tables.sandboxes.c.id == sa.bindparam("this")
+_GET_SANDBOX = sa.select(*_SANDBOX_COLUMNS).where(_THIS_SANDBOX)
+_BY_AGENT_TOKEN = sa.select(*_SANDBOX_COLUMNS).where(
+    tables.sandboxes.c.agent_token_hash == sa.bindparam("hash"), tables.sandboxes.c.status != SandboxStatus.GONE
+)
+_CURRENT = (
+    sa.select(*_SANDBOX_COLUMNS)
+    .where(tables.sandboxes.c.session_id == sa.bindparam("session"), tables.sandboxes.c.status != SandboxStatus.GONE)
+    .order_by(tables.sandboxes.c.generation.desc())
+    .limit(1)
+)
+_GET_ACKED = sa.select(tables.sandboxes.c.acked).where(_THIS_SANDBOX)
+_SET_ACKED = _update(tables.sandboxes, ["acked"]).where(_THIS_SANDBOX)
 
 
 class SqlSandboxes(_Rows, abc.SandboxRows):
@@ -366,15 +398,12 @@ class SqlSandboxes(_Rows, abc.SandboxRows):
 
     def get(self, sandbox_id: str) -> Sandbox | None:
         """The sandbox, or None."""
-        row = self._one(sa.select(*_SANDBOX_COLUMNS).where(tables.sandboxes.c.id == sandbox_id))
+        row = self._one(_GET_SANDBOX, this=sandbox_id)
         return Sandbox.model_validate(row) if row else None
 
     def by_agent_token(self, token_hash: str) -> Sandbox | None:
         """The sandbox that is not gone and whose agent holds this token."""
-        c = tables.sandboxes.c
-        row = self._one(
-            sa.select(*_SANDBOX_COLUMNS).where(c.agent_token_hash == token_hash, c.status != SandboxStatus.GONE)
-        )
+        row = self._one(_BY_AGENT_TOKEN, hash=token_hash)
         return Sandbox.model_validate(row) if row else None
 
     def update(self, sandbox_id: str, **changes: Any) -> None:
@@ -384,13 +413,7 @@ class SqlSandboxes(_Rows, abc.SandboxRows):
 
     def current(self, session_id: str) -> Sandbox | None:
         """The session's newest sandbox that is not gone, or None."""
-        c = tables.sandboxes.c
-        row = self._one(
-            sa.select(*_SANDBOX_COLUMNS)
-            .where(c.session_id == session_id, c.status != SandboxStatus.GONE)
-            .order_by(c.generation.desc())
-            .limit(1)
-        )
+        row = self._one(_CURRENT, session=session_id)
         return Sandbox.model_validate(row) if row else None
 
     def not_gone(self) -> Sequence[Sandbox]:
@@ -400,10 +423,9 @@ class SqlSandboxes(_Rows, abc.SandboxRows):
 
     def advance(self, sandbox_id: str, n: int) -> int:
         """Say that frames up to `n` are stored. Answers the mark before; it never goes back."""
-        c = tables.sandboxes.c
-        before = self._connection.execute(sa.select(c.acked).where(c.id == sandbox_id)).scalar_one()
+        before = self._connection.execute(_GET_ACKED, {"this": sandbox_id}).scalar_one()
         if n > before:
-            self._connection.execute(tables.sandboxes.update().where(c.id == sandbox_id).values(acked=n))
+            self._connection.execute(_SET_ACKED, {"this": sandbox_id, "acked": n})
         return int(before)
 
 

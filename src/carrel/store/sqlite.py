@@ -55,14 +55,16 @@ class _Job(Generic[T]):
 
     def run(self, connection: sa.Connection) -> None:
         transaction = SqlTransaction(connection)
-        savepoint = connection.begin_nested()
+        # In plain words: SQLAlchemy's own savepoints take ten times as long.
+        connection.exec_driver_sql("SAVEPOINT job")
         try:
             self.result = self.work(transaction)
-            savepoint.commit()
         except BaseException as error:
-            savepoint.rollback()
+            connection.exec_driver_sql("ROLLBACK TO job")
             self.error = error
             return
+        finally:
+            connection.exec_driver_sql("RELEASE job")
         self.appended = transaction.log.appended
 
 

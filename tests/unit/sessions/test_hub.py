@@ -62,7 +62,7 @@ class World:
         task = asyncio.create_task(self.hub.serve(theirs), name="link under test")
         runner = Runner(ours, task)
         self.stack.push_async_callback(runner.close)
-        await runner.send(hello or self.hello())
+        await runner.send(self.hello() if hello is None else hello)
         return runner
 
     async def log(self) -> list[StoredEvent]:
@@ -362,12 +362,11 @@ async def test_the_failure_of_an_agent_is_kept_for_the_owner(world: World) -> No
     failure = AgentFailed(n=1, failure={"code": "c", "message": "m"}, operator_detail="d")  # type: ignore[arg-type]
     await runner.send(failure)
     await runner.acked(1)
-    link = world.hub.link(world.sandbox.id)
-    assert link is not None
     async with asyncio.timeout(5):
-        while link.failure is None:
+        while (found := world.hub.take_failure(world.sandbox.id)) is None:
             await asyncio.sleep(0)
-    assert link.failure == failure
+    assert found == failure
+    assert world.hub.take_failure(world.sandbox.id) is None, "it is taken once"
 
 
 async def test_a_transcript_is_sent_whole_and_file_by_file(world: World) -> None:
