@@ -44,6 +44,7 @@ _NOT_PASSED_BACK = frozenset(
 )
 _HIDDEN = b"[hidden by Carrel]"
 _SHORTEST_SECRET = 8
+_LAST_EVENT = b"event: message_stop"
 _API_VERSION = "2023-06-01"
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 
@@ -151,9 +152,14 @@ class ModelGateway:
                 reading.take(chunk)
                 if reading.stopped and not settled:
                     # On record before the agent can know that the answer is whole, so that a turn's end never
-                    # comes before its usage.
+                    # comes before its usage; what is said before the end need not wait for that.
                     settled = True
+                    head, end, tail = chunk.rpartition(_LAST_EVENT)
+                    if head:
+                        yield head
                     await self._settle(reading, sandbox)
+                    yield end + tail
+                    continue
                 yield chunk
         finally:
             if not settled:

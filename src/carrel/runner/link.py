@@ -25,6 +25,7 @@ from carrel.runner.outbox import Outbox
 log = structlog.get_logger(__name__)
 
 _BATCH_BYTES = 1024 * 1024
+_GATHER_SECONDS = 0.002
 _DELTA_BACKLOG_BYTES = 8 * 1024 * 1024
 
 
@@ -200,6 +201,7 @@ class Link:
         for n, frame in self._outbox.after(self._outbox.last_acked):
             if n <= owed_up_to:
                 await connection.send(frame)
+        sent_at = 0.0
         while True:
             if not self._queue:
                 if self._skipped_deltas:
@@ -208,12 +210,15 @@ class Link:
                     continue
                 self._wake.clear()
                 await self._wake.wait()
+                # What comes first after a silence goes at once; in a flood, frames share a message and its system call.
+                await asyncio.sleep(max(0.0, sent_at + _GATHER_SECONDS - time.monotonic()))
             batch = [self._queue.popleft()]
             size = len(batch[0])
             while self._queue and size + len(self._queue[0]) <= _BATCH_BYTES:
                 size += len(self._queue[0])
                 batch.append(self._queue.popleft())
             self._queued_bytes -= size
+            sent_at = time.monotonic()
             await connection.send(b"\n".join(batch))
 
     def close(self) -> None:
