@@ -38,7 +38,7 @@ demo: install ## show a whole session with a scripted model, then end
 
 .PHONY: test
 test: $(DEVELOP) ## run every test
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(DEVELOP) ## lint, format, types, import rule, unit tests: under a minute

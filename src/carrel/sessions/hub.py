@@ -111,11 +111,17 @@ class Hub:
         self._live = live
         self._poke = poke
         self._links: dict[str, Link] = {}
+        self._by_session: dict[str, Link] = {}
         self._failures: dict[str, AgentFailed] = {}
 
     def take_failure(self, sandbox_id: str) -> AgentFailed | None:
         """What the sandbox's runner said before it gave up, once; it may be gone by now."""
         return self._failures.pop(sandbox_id, None)
+
+    def ready_link(self, session_id: str) -> Link | None:
+        """The link of the session's connected agent, if it can be given a turn now."""
+        link = self._by_session.get(session_id)
+        return link if link is not None and link.ready and link.bound and not link.ended else None
 
     def link(self, sandbox_id: str) -> Link | None:
         """The sandbox's link, if it is connected now."""
@@ -132,6 +138,7 @@ class Hub:
             return
         earlier = self._links.get(link.sandbox_id)
         self._links[link.sandbox_id] = link
+        self._by_session[link.session_id] = link
         if earlier is not None:
             await earlier.connection.close()
         self._poke(link.session_id)
@@ -140,6 +147,8 @@ class Hub:
         finally:
             if self._links.get(link.sandbox_id) is link:
                 del self._links[link.sandbox_id]
+            if self._by_session.get(link.session_id) is link:
+                del self._by_session[link.session_id]
             self._poke(link.session_id)
 
     async def _welcome(self, connection: LinkConnection) -> Link | None:

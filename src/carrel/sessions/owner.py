@@ -217,7 +217,7 @@ class Owner:
         if view.live is not None:
             return await self._tend(session, view.live, sandbox, link)
         if view.queued and not self.draining:
-            await self._start(session, view.queued[0], sandbox, link)
+            await self._start(view.queued[0], link)
             return 0.0
         return await self._rest(session, sandbox, link)
 
@@ -277,21 +277,18 @@ class Owner:
         )
         reached("bind.sent")
 
-    async def _start(self, session: Session, turn: Turn, sandbox: Sandbox, link: Link) -> None:
-        def start(tx: abc.Transaction) -> Turn | None:
-            now, session_now = tx.turns.get(turn.id), tx.sessions.get(session.id)
-            if now is None or now.status is not TurnStatus.QUEUED or session_now is None:
-                return None
-            if session_now.status is not SessionStatus.READY:
-                return None
-            return transitions.start_turn(tx, session_now, now, sandbox.id)
+    def idle_agent(self, session_id: str) -> Link | None:
+        """The session's agent, if a turn could go to it at once."""
+        return None if self.draining else self._hub.ready_link(session_id)
 
-        started = await self._store.write(start)
+    async def _start(self, turn: Turn, link: Link) -> None:
+        started = await self._store.write(lambda tx: start_if_free(tx, turn.id, link.sandbox_id))
         reached("turn.started")
         if started is not None:
-            await self._hand_over(started, link)
+            await self.hand_over(started, link)
 
-    async def _hand_over(self, turn: Turn, link: Link) -> None:
+    async def hand_over(self, turn: Turn, link: Link) -> None:
+        """Send the agent a turn that has been started. What does not arrive is sent again by a later step."""
         link.last_turn = turn.id
         await link.tell(
             StartTurn(
@@ -309,7 +306,7 @@ class Owner:
             await self._store.write(lambda tx: _continue(tx, session.id, turn.id, sandbox))
             return 0.0
         if turn.content is not None and link.last_turn != turn.id:
-            await self._hand_over(turn, link)
+            await self.hand_over(turn, link)
         reason = turn.interrupt_reason
         if reason is None and turn.deadline_at is not None:
             left = (turn.deadline_at - utc_now()).total_seconds()
@@ -409,6 +406,20 @@ def _view(tx: abc.Transaction, session_id: str) -> _View:
         live=tx.turns.live(session_id),
         queued=list(tx.turns.queued(session_id)),
     )
+
+
+def start_if_free(tx: abc.Transaction, turn_id: str, sandbox_id: str) -> Turn | None:
+    """Start the turn in this sandbox, if it is the session's next one and the sandbox is free for it."""
+    turn = tx.turns.get(turn_id)
+    session = tx.sessions.get(turn.session_id) if turn is not None else None
+    if turn is None or session is None or session.status is not SessionStatus.READY:
+        return None
+    waiting, sandbox = tx.turns.queued(session.id), tx.sandboxes.current(session.id)
+    if not waiting or waiting[0].id != turn.id:
+        return None
+    if sandbox is None or sandbox.id != sandbox_id or sandbox.status is not SandboxStatus.LIVE:
+        return None
+    return transitions.start_turn(tx, session, turn, sandbox_id)
 
 
 def _unused(view: _View) -> bool:

@@ -42,7 +42,7 @@ from carrel.protocol.results import TurnResult, result_of
 from carrel.protocol.spec import LIVE_FIELDS, CreateSession, CreateTurn, SessionSpec, UpdateSession
 from carrel.sessions import transitions
 from carrel.sessions.hub import Hub
-from carrel.sessions.owner import Owner, mark_deleted
+from carrel.sessions.owner import Owner, mark_deleted, start_if_free
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.streams import Streams
 from carrel.workspaces.folders import Folders
@@ -332,14 +332,19 @@ class SessionService:
         if self._owner.draining:
             raise Draining
 
-        def work(tx: abc.Transaction) -> tuple[Turn, int]:
-            session = _session(tx, principal, session_id)
-            return self._queue(tx, session, body, mark)
+        link = self._owner.idle_agent(session_id)
 
-        queued = await self._store.write(work)
+        def work(tx: abc.Transaction) -> tuple[Turn, int, Turn | None]:
+            session = _session(tx, principal, session_id)
+            turn, before = self._queue(tx, session, body, mark)
+            return turn, before, start_if_free(tx, turn.id, link.sandbox_id) if link is not None else None
+
+        turn, before, started = await self._store.write(work)
         reached("turn.stored")
+        if link is not None and started is not None:
+            await self._owner.hand_over(started, link)
         self._scheduler.poke(session_id)
-        return queued
+        return turn, before
 
     def _queue(self, tx: abc.Transaction, session: Session, body: CreateTurn, mark: Mark | None) -> tuple[Turn, int]:
         if session.status is SessionStatus.STOPPED:
