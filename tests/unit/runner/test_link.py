@@ -207,6 +207,22 @@ async def test_after_hello_comes_the_text_so_far(tmp_path: Path) -> None:
         assert [type(frame) for frame in gateway.received] == [Hello, OpenBlocks]
 
 
+async def test_what_is_said_while_it_connects_is_said_once(tmp_path: Path) -> None:
+    """It is in the outbox already when what is owed is sent, and waits in the queue too."""
+    side = Side(bootstrap(tmp_path))
+
+    def speak() -> list[OpenBlock]:
+        side.send()
+        return []
+
+    side.link._open_blocks = speak
+    side.send(2)
+    async with Gateway(tmp_path).open() as gateway, side:
+        await gateway.until(lambda: gateway.stored == [1, 2, 3])
+        assert await side.drained()
+        assert [frame.n for frame in gateway.received if hasattr(frame, "n")] == [1, 2, 3]
+
+
 async def test_a_gateway_that_does_not_read_costs_deltas_and_no_event(tmp_path: Path) -> None:
     async with Gateway(tmp_path).open() as gateway, Side(bootstrap(tmp_path)) as side:
         reading = asyncio.Event()
