@@ -9,9 +9,10 @@ import pytest
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap"), pytest.mark.timeout(300)]
 
-# What 200 sessions and 20 agents may leave in the gateway once they are deleted. Descriptors: the database's
-# connections and pooled ones to the model. Memory: the allocator's own, measured at 10 to 25 MB.
-MORE_DESCRIPTORS = 40
+# What 200 sessions and 20 agents may leave in a process that is server and client at once. Descriptors: both ends of
+# connections that are kept alive, the client's (20) and those to the model (20, of 20 agents), and the database's.
+# Memory: the allocator's own, measured at 10 to 25 MB.
+MORE_DESCRIPTORS = 100
 MORE_MEMORY_BYTES = 60 * 2**20
 
 
@@ -45,13 +46,12 @@ async def test_200_sessions_at_once_20_at_work_and_nothing_left_of_them(api):
 
     async def settled():
         gc.collect()
-        return (
-            descriptors() <= before[0] + MORE_DESCRIPTORS
-            and processes() <= before[1]
-            and len(asyncio.all_tasks()) <= before[2] + 2
-        )
+        return processes() <= before[1] and len(asyncio.all_tasks()) <= before[2] + 2
 
-    await api.until(f"nothing is left, before: {before}", settled, 20)
+    await api.until("processes and tasks are gone", settled, 20)
+    after = (descriptors(), processes(), len(asyncio.all_tasks()))
+    print(f"descriptors, processes, tasks: {before[:3]} before, {after} after")
+    assert after[0] <= before[0] + MORE_DESCRIPTORS, (before, after)
     grown = psutil.Process().memory_info().rss - before[3]
     print(f"memory grew by {grown / 2**20:.1f} MB")
     assert grown < MORE_MEMORY_BYTES

@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-import structlog
 
 from carrel.protocol.events import StoredEvent
 from carrel.sessions.owner import OwnerOptions
 from carrel.testing import FakeGateway, FakeHost, FakeTurn
 from carrel.testing.fakes import FakeRunner
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _plain_log() -> None:
-    """The renderer that structlog begins with draws tracebacks for half a second each, in the event loop."""
-    structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()])
 
 
 class OpenGateway(Protocol):
