@@ -47,7 +47,7 @@ check: $(DEVELOP) ## lint, format, types, import rule, unit tests: under a minut
 	$(PY) -m mypy
 	$(PY) scripts/check_import_rules.py
 	$(PY) -m uv pip check --quiet --python $(PY) # fails where pyproject.toml has gone ahead of the locks
-	$(PY) -m pytest -q -n 2 tests/unit $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow" tests/unit $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(DEVELOP) ## measure, each figure beside the bare SDK

@@ -229,6 +229,7 @@ async def test_it(pump):
     result.assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_a_blocked_loop_fails_unless_the_test_says_why(run):
     result = run(
         """
@@ -252,6 +253,7 @@ async def test_is_quick():
     result.stdout.fnmatch_lines(["*event loop was blocked: 0.6* s in <Task *test_blocks*"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="needs a kernel with schedstat")
 def test_a_busy_machine_blames_nobody(run):
     """The loop's thread waits for its processor most of the time, because others want the same one."""

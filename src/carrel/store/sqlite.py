@@ -23,7 +23,7 @@ from sqlalchemy.pool import StaticPool
 from carrel import abc
 from carrel.protocol.events import StoredEvent
 from carrel.store import rows
-from carrel.store.schema import migrate
+from carrel.store.schema import bring_up_to_date
 
 _READERS = 4
 _GROUP = 200
@@ -145,7 +145,7 @@ class SqliteStore(abc.Store):
 
     def _migrate(self) -> None:
         with self._writer.begin() as connection:
-            migrate(connection)
+            bring_up_to_date(connection)
 
     def _read(self, work: Callable[[abc.Transaction], T]) -> T:
         with self._reader.connect() as connection:

@@ -386,6 +386,7 @@ async def test_a_transcript_is_sent_whole_and_file_by_file(world: World) -> None
     assert received[""] == [f'{{"uuid":"{i}"}}' for i in range(450)]
 
 
+@pytest.mark.slow
 async def test_a_flood_does_not_fill_the_memory(world: World) -> None:
     """While rows are being stored, reading from the connection stops at a bound."""
     held = asyncio.Event()

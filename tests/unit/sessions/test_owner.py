@@ -373,6 +373,7 @@ def left_behind(tx: abc.Transaction, status: SessionStatus, sandbox: Sandbox | N
     return session.id
 
 
+@pytest.mark.slow
 async def test_whatever_rows_a_dead_gateway_left_every_session_ends_in_a_true_state(
     host: FakeHost, tmp_path: Path, eventually: Eventually
 ) -> None:
@@ -466,6 +467,7 @@ async def test_a_slow_store_and_a_lossy_bus_change_nothing_but_the_pace(
     assert story(await gateway.log(session.id)).count("turn.completed succeeded") == 3
 
 
+@pytest.mark.slow
 async def test_two_hundred_sessions_at_once(gateway: FakeGateway, host: FakeHost, eventually: Eventually) -> None:
     sessions = await asyncio.gather(*(gateway.create() for _ in range(200)))
     assert len({session.number for session in sessions}) == 200

@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from carrel import abc
 from carrel.errors import MigrationRequired
 from carrel.model import SandboxStatus, SessionStatus, StopReason, TurnStatus, Usage
 from carrel.protocol.events import EVENT_TYPES
-from carrel.store import SqliteStore, tables
+from carrel.store import SqliteStore, schema, tables
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "store"
 MIGRATIONS = Path(carrel.store.__file__).with_name("migrations")
@@ -35,11 +36,13 @@ async def opened(path: Path, stack: AsyncExitStack) -> SqliteStore:
     return store
 
 
-async def test_the_migrations_make_the_tables(tmp_path: Path) -> None:
-    async with AsyncExitStack() as stack:
-        await opened(tmp_path / "new.db", stack)
+@pytest.mark.parametrize("way", [schema.migrate, schema.bring_up_to_date])
+def test_a_new_database_and_a_migrated_one_have_the_same_tables(tmp_path: Path, way: Any) -> None:
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'new.db'}")
-    with engine.connect() as connection:
+    with engine.begin() as connection:
+        way(connection)
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() == [schema.HEAD]
+        assert connection.execute(sa.text("SELECT name, value FROM counters")).all() == [("session", 0)]
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, tables.metadata) == []
         found = {index for t in tables.metadata.tables for index in _indexes(connection, t)}

@@ -199,6 +199,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.blocks_loop(
     "ten thousand rows are made in one transaction, in the store's own thread, which holds the GIL"
 )

@@ -300,6 +300,7 @@ def test_pages_hold_everything_once_and_in_order(directories, limit, after):
         assert paths(workspace.tree(limit=1000, after=after)) == [path for path in everything if path > after]
 
 
+@pytest.mark.slow
 def test_a_directory_larger_than_a_page_is_listed_whole(workspace, root):
     expected = []
     for n in range(2500):
@@ -437,6 +438,7 @@ def test_a_hard_link_to_a_file_of_somebody_else(root, outside, tmp_path):
     workspace.write("shadow", [b"new"])  # replaces the name, not what it is a name of: the fixture looks
 
 
+@pytest.mark.slow
 @pytest.mark.requires("root")
 def test_a_hard_link_swapped_in_while_a_file_is_opened(root, outside):
     workspace = WorkspaceFiles(root, owner=AGENT)
@@ -565,6 +567,7 @@ def test_read_only_directories_can_be_deleted(unprivileged):
     assert os.listdir(unprivileged) == []
 
 
+@pytest.mark.slow
 def test_delete_comes_to_an_end_while_an_agent_writes(workspace, root):
     with agent(SCRIBBLER, root / "busy"):
         ends = []
@@ -681,6 +684,7 @@ def tried(seen, call):
     return result
 
 
+@pytest.mark.slow
 def test_reading_through_a_swapped_directory(workspace, door):
     seen = {}
     for _ in for_a_while():
@@ -689,6 +693,7 @@ def test_reading_through_a_swapped_directory(workspace, door):
     assert min(seen["done"], seen["refused"]) > 10, seen
 
 
+@pytest.mark.slow
 def test_writing_through_a_swapped_directory(workspace, door):
     seen = {}
     for _ in for_a_while():
@@ -697,6 +702,7 @@ def test_writing_through_a_swapped_directory(workspace, door):
     assert min(seen["done"], seen["refused"]) > 10, seen
 
 
+@pytest.mark.slow
 def test_reading_a_swapped_file(workspace, root, outside):
     (root / "file").write_bytes(b"inside")
     (root / "link").symlink_to(outside / "secret")
@@ -708,6 +714,7 @@ def test_reading_a_swapped_file(workspace, root, outside):
     assert min(seen["done"], seen["refused"]) > 10, seen
 
 
+@pytest.mark.slow
 def test_listing_swapped_directories(workspace, root, outside):
     (root / "door").mkdir()
     (root / "other").symlink_to(outside)
@@ -720,6 +727,7 @@ def test_listing_swapped_directories(workspace, root, outside):
     assert lengths
 
 
+@pytest.mark.slow
 def test_deleting_what_is_being_swapped(workspace, root, outside):
     seen = {}
     box = root / "box"
@@ -734,6 +742,7 @@ def test_deleting_what_is_being_swapped(workspace, root, outside):
     assert seen["done"] > 10, seen
 
 
+@pytest.mark.slow
 def test_copying_what_is_being_swapped(workspace, door, root, tmp_path):
     kinds = set()
     for _ in for_a_while():
