@@ -11,6 +11,8 @@ import pytest
 from carrel import errors
 from carrel.client import AsyncCarrel, Carrel, Delta, Event, asynchronous, blocking
 
+pytestmark = pytest.mark.slow  # each test has a server of its own
+
 API = "/api/v1"
 S1 = f"{API}/sessions/s1"
 

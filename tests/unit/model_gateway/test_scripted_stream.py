@@ -18,6 +18,8 @@ import uvicorn
 
 from carrel.model_gateway.scripted import create_app, messages
 
+pytestmark = pytest.mark.slow  # each test has a server of its own
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "scripted"
 UPDATE = "CARREL_UPDATE_GOLDEN" in os.environ
 TOOLS: list[Any] = [{"name": "Bash", "description": "Runs", "input_schema": {"type": "object"}}]
