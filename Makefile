@@ -41,7 +41,7 @@ test: $(DEVELOP) ## run every test
 	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: check
-check: $(DEVELOP) ## lint, format, types, import rule, unit tests: under a minute
+check: $(DEVELOP) ## lint, format, types, import rule, quick unit tests: under a minute
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
