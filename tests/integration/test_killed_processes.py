@@ -93,7 +93,9 @@ async def test_a_turn_may_be_taken_up_again(api, victim):
 async def test_a_runner_killed_between_turns_is_not_noticed_by_the_next(api):
     session = await api.session()
     await api.run(session, "hello")
-    os.kill(runner_of(api), signal.SIGKILL)
+    runner = runner_of(api)
+    os.kill(runner, signal.SIGKILL)
+    await api.until("the runner is dead", lambda: asyncio.sleep(0, not Path(f"/proc/{runner}").exists()))
     assert "turn 2" in (await api.run(session, "hello"))["text"]
 
 

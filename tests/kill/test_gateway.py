@@ -19,8 +19,17 @@ FIRST = (
 )
 SECOND = "[[write: a.txt | text]] [[bash: cat a.txt; echo fourth >> effects.txt]]"
 
-# What may differ between a run and its broken twin: the requests to the model and what the agent says of them.
-_ASIDE = {"usage.recorded", "message.system", "message.assistant", "thinking", "error", "agent.initialised"}
+# What may differ between a run and its broken twin: the requests to the model and what the agent says of them; and when
+# the client, which has to wait for a server, gets its prompts accepted.
+_ASIDE = {
+    "usage.recorded",
+    "message.system",
+    "message.assistant",
+    "thinking",
+    "error",
+    "agent.initialised",
+    "turn.queued",
+}
 
 
 def skeleton(events: list[Json]) -> list[Any]:
@@ -126,6 +135,8 @@ class Scenario:
         assert sorted(effects.split()) == ["first", "fourth", "second", "third"], effects
         assert "turn 3" in again.json()["text"], again.text
         assert [event["seq"] for event in stored] == list(range(1, len(stored) + 1))
+        queued = [event["turn_id"] for event in stored if event["type"] == "turn.queued"]
+        assert queued == self.turns
         assert self.seen == stored[: len(self.seen)]
         return stored
 

@@ -83,6 +83,7 @@ class Link:
     def __init__(self, sandbox: Sandbox, connection: LinkConnection, hello: Hello) -> None:
         self.sandbox_id = sandbox.id
         self.session_id = sandbox.session_id
+        self.state = sandbox.state
         self.bound = hello.bound
         self.ready = hello.bound and sandbox.status is SandboxStatus.LIVE
         self.last_turn = hello.last_turn

@@ -217,7 +217,10 @@ class Owner:
         if view.live is not None:
             return await self._tend(session, view.live, sandbox, link)
         if view.queued and not self.draining:
-            await self._start(view.queued[0], link)
+            if not await self._lives(link):
+                await self._lose(session.id, sandbox)
+            else:
+                await self._start(view.queued[0], link)
             return 0.0
         return await self._rest(session, sandbox, link)
 
@@ -277,9 +280,14 @@ class Owner:
         )
         reached("bind.sent")
 
-    def idle_agent(self, session_id: str) -> Link | None:
+    async def idle_agent(self, session_id: str) -> Link | None:
         """The session's agent, if a turn could go to it at once."""
-        return None if self.draining else self._hub.ready_link(session_id)
+        link = None if self.draining else self._hub.ready_link(session_id)
+        return link if link is not None and await self._lives(link) else None
+
+    async def _lives(self, link: Link) -> bool:
+        """Whether the runner is there: a prompt sent to one that has just died is not sent again."""
+        return (await self._runtime.probe({link.sandbox_id: link.state}))[link.sandbox_id]
 
     async def _start(self, turn: Turn, link: Link) -> None:
         started = await self._store.write(lambda tx: start_if_free(tx, turn.id, link.sandbox_id))

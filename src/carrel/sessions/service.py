@@ -332,7 +332,7 @@ class SessionService:
         if self._owner.draining:
             raise Draining
 
-        link = self._owner.idle_agent(session_id)
+        link = await self._owner.idle_agent(session_id)
 
         def work(tx: abc.Transaction) -> tuple[Turn, int, Turn | None]:
             session = _session(tx, principal, session_id)
