@@ -63,7 +63,8 @@ async def test_a_killed_process_fails_the_turn_and_not_the_session(api, victim):
     assert nothing_marked(sandbox)
     result = await api.run(session, "do you remember?")
     assert result["status"] == "succeeded"
-    assert "turn 3" in result["text"]
+    # The first turn for certain; the failed one if Claude Code had written its prompt down before it was killed.
+    assert "turn 2" in result["text"] or "turn 3" in result["text"]
 
 
 @pytest.mark.parametrize("victim", ["runner", "agent"])
