@@ -14,8 +14,7 @@ from benchmarks.figures import Figure, Summary
 from benchmarks.harness import Bench, Server, gather_bounded, until
 from benchmarks.wire import Connection
 from carrel import abc
-from carrel.auth.principals import ADMIN
-from carrel.model import Session, SessionStatus, new_id, utc_now
+from carrel.model import ADMIN, Session, SessionStatus, new_id, utc_now
 from carrel.protocol.events import NewEvent, SessionCreated
 from carrel.store import SqliteStore
 
@@ -179,7 +178,7 @@ def _add(tx: abc.Transaction, numbers: range) -> None:
         session = Session(
             id=new_id(),
             number=tx.sessions.next_number(),
-            owner=ADMIN.name,
+            owner=ADMIN.user,
             status=SessionStatus.IDLE,
             title="one of many",
             spec={"model": "scripted"},

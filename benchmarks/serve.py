@@ -16,7 +16,8 @@ from pathlib import Path
 
 import uvloop
 
-from carrel.cli.server import configure_logging, running
+from carrel.cli.server import running
+from carrel.observability import configure_logging
 from carrel.settings import Settings, load_settings
 
 

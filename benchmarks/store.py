@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import Figure, Summary
 from benchmarks.harness import Bench
 from carrel import abc
-from carrel.auth.principals import ADMIN
-from carrel.model import Session, SessionStatus, new_id, utc_now
+from carrel.model import ADMIN, Session, SessionStatus, new_id, utc_now
 from carrel.protocol.events import MessageAssistant, NewEvent
 from carrel.store import SqliteStore
+from carrel.testing.postgres import PostgresServer, postgres_programs
 
 _BATCHES = (1, 10, 50)
 _WRITERS = (1, 20)
@@ -41,10 +43,45 @@ async def store(bench: Bench) -> list[Figure]:
                     note="bare: sqlite3, one writer, the same rows",
                 )
             )
-    return figures
+    return figures + await _postgres(bench)
+
+
+async def _postgres(bench: Bench) -> list[Figure]:
+    """The same on PostgreSQL over a unix socket, without its flushes to the disk; none where it is not installed."""
+    programs = postgres_programs()
+    if programs is None:
+        return []
+    from carrel.store.postgres import PostgresStore
+
+    server = await asyncio.to_thread(PostgresServer, programs)
+    try:
+        await asyncio.to_thread(server.start)
+        figures = []
+        for writers, batch in ((1, 10), (20, 10)):
+            total = bench.times(10_000, 500)
+            carrel = [
+                await _measure(partial(PostgresStore, server.database()), writers, batch, total)
+                for _ in range(bench.times(3, 1))
+            ]
+            figures.append(
+                Figure(
+                    key=f"store.postgres_events_{writers}x{batch}",
+                    what=f"events stored in PostgreSQL, {writers} writer{'s' * (writers > 1)}, batches of {batch}",
+                    unit="/s",
+                    carrel=Summary.of(carrel),
+                    note="PostgreSQL on the same machine, fsync off",
+                )
+            )
+        return figures
+    finally:
+        await asyncio.to_thread(server.remove)
 
 
 async def _carrel(folder: Path, writers: int, batch: int, total: int) -> float:
+    return await _measure(partial(SqliteStore, folder / "carrel.db"), writers, batch, total)
+
+
+async def _measure(make: Callable[..., abc.Store], writers: int, batch: int, total: int) -> float:
     published = 0
 
     def count(events: list[object]) -> None:
@@ -53,7 +90,7 @@ async def _carrel(folder: Path, writers: int, batch: int, total: int) -> float:
 
     rounds = max(1, total // (writers * batch))
     async with AsyncExitStack() as stack:
-        rows = SqliteStore(folder / "carrel.db", on_commit=count)  # type: ignore[arg-type]
+        rows = make(on_commit=count)
         await rows.start(stack)
         sessions = [await _session(rows) for _ in range(writers)]
 
@@ -76,7 +113,7 @@ async def _session(rows: abc.Store) -> str:
         session = Session(
             id=new_id(),
             number=tx.sessions.next_number(),
-            owner=ADMIN.name,
+            owner=ADMIN.user,
             status=SessionStatus.IDLE,
             spec={},
             created_at=now,

@@ -5,19 +5,21 @@ The rule:
 
     A package stands in a row, and imports only what stands to its left:
 
-        model, errors ← protocol ← abc ← {parts} ← api ← cli
+        model, errors ← protocol ← abc ← budgets ← {parts} ← api ← cli
 
     `model` and `errors` do no I/O: of ours they import each other alone, and of others pydantic alone.
     `protocol` is what gateway, runner and clients say to each other: model, errors and pydantic alone.
     `abc` holds the contracts. It names concrete types for typing only, under `if TYPE_CHECKING:`.
-    The parts (store, buses, objects, channels, runtimes, sessions, model_gateway, tools, auth, workspaces)
+    `budgets` is arithmetic over the contracts that several parts need: model, errors, protocol and abc alone.
+    The parts (store, buses, objects, channels, runtimes, sessions, model_gateway, tools, auth, workspaces,
+    observability)
     see contracts and never one another, save that sessions may import workspaces.
     `runner` and `client` live on the far side of a wire: protocol, model and errors alone.
     `api` speaks for the parts; `cli` alone wires: it alone imports settings and runs servers.
     `killpoints` imports the standard library alone; the parts, api and cli pass or arm them, the sandbox's side never.
     `testing` is for authors of plug-ins: it may import all but api, cli and settings, and nobody imports it.
     `carrel/__init__.py` imports nothing of ours, because every process of ours pays for what it imports.
-    The Agent SDK has one door, `runner/agent.py`; the environment has one reader, `settings.py`.
+    The Agent SDK has one door, `runner/agent.py`; the environment has one reader, `settings/sources.py`.
 
 It covers imports inside functions and under TYPE_CHECKING, relative ones, and `import_module("a literal")`.
 It sees no name that is put together at run time. A new package has no place until it is written down here.
@@ -43,6 +45,7 @@ PARTS = frozenset(
         "buses",
         "channels",
         "model_gateway",
+        "observability",
         "objects",
         "runtimes",
         "sessions",
@@ -63,7 +66,7 @@ class Rule:
     others: frozenset[str] | None = None  # None: any; the standard library is always free
 
 
-PART_SENTENCE = "the parts see model, errors, protocol and abc, and never one another"
+PART_SENTENCE = "the parts see model, errors, protocol, abc and budgets, and never one another"
 
 RULES: dict[str, Rule] = {
     "__init__": Rule("carrel/__init__.py imports nothing of ours: every process pays for it"),
@@ -88,39 +91,39 @@ RULES: dict[str, Rule] = {
         ours=CORE,
         typing_only=PARTS,
     ),
+    "budgets": Rule("budgets imports model, errors, protocol and abc alone", ours=CORE | {"abc"}),
     "killpoints": Rule("killpoints imports the standard library alone", others=frozenset()),
-    **{part: Rule(PART_SENTENCE, ours=CORE | {"abc", "killpoints"}) for part in PARTS},
+    **{part: Rule(PART_SENTENCE, ours=CORE | {"abc", "budgets", "killpoints"}) for part in PARTS},
     "sessions": Rule(
         f"{PART_SENTENCE}, save that sessions may import workspaces",
-        ours=CORE | {"abc", "killpoints", "workspaces"},
+        ours=CORE | {"abc", "budgets", "killpoints", "workspaces"},
     ),
     "runner": Rule("runner lives in the sandbox: it imports protocol, model and errors alone", ours=CORE),
     "client": Rule("client lives with its user: it imports protocol, model and errors alone", ours=CORE),
     "settings": Rule("settings holds values: it imports model, errors and protocol alone", ours=CORE),
-    "api": Rule("api imports the parts and all to their left", ours=CORE | PARTS | {"abc", "killpoints"}),
+    "api": Rule("api imports the parts and all to their left", ours=CORE | PARTS | {"abc", "budgets", "killpoints"}),
     "cli": Rule(
         "cli wires all that runs in production; testing is not part of that",
-        ours=CORE | PARTS | {"abc", "api", "client", "killpoints", "runner", "settings"},
+        ours=CORE | PARTS | {"abc", "api", "budgets", "client", "killpoints", "runner", "settings"},
     ),
     "testing": Rule(
         "testing imports all but api, cli and settings",
-        ours=CORE | PARTS | {"abc", "client", "killpoints", "runner"},
+        ours=CORE | PARTS | {"abc", "budgets", "client", "killpoints", "runner"},
     ),
 }
 
 # Imported in one file, and nowhere else.
 ONE_DOOR: dict[str, str] = {
     "claude_agent_sdk": "runner/agent.py",
-    "pydantic_settings": "settings.py",
 }
 # The preloaded parent imports modules by name so that its children need not.
 PRELOADS_BY_NAME = frozenset({"runner/nursery.py"})
 
-ENVIRONMENT_SENTENCE = "only settings.py reads the environment; others are handed values"
+ENVIRONMENT_SENTENCE = "only settings/sources.py reads the environment; others are handed values"
 ENVIRONMENT_NAMES = frozenset({"environ", "environb", "getenv", "getenvb"})
 ENVIRONMENT_READERS = frozenset(
     {
-        "settings.py",
+        "settings/sources.py",
         "runner/nursery.py",  # clears it before anything of a session runs
     }
 )

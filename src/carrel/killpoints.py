@@ -19,6 +19,7 @@ POINTS: Final = frozenset(
         "delta.published",
         "tool.called",
         "tool.finished",
+        "usage.reserved",
         "usage.recorded",
         "evict.marked",
         "delete.marked",

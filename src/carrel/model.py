@@ -11,9 +11,9 @@ import time
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # ---------------------------------------------------------------------------------------------------------- states
 
@@ -192,6 +192,11 @@ class Usage(Frozen):
     cache_creation_input_tokens: int = Field(default=0, ge=0, description="Tokens read and put into the cache.")
     cache_read_input_tokens: int = Field(default=0, ge=0, description="Tokens read from the cache.")
 
+    @property
+    def total(self) -> int:
+        """Tokens of every kind, added up."""
+        return self.input_tokens + self.output_tokens + self.cache_creation_input_tokens + self.cache_read_input_tokens
+
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
@@ -199,6 +204,18 @@ class Usage(Frozen):
             cache_creation_input_tokens=self.cache_creation_input_tokens + other.cache_creation_input_tokens,
             cache_read_input_tokens=self.cache_read_input_tokens + other.cache_read_input_tokens,
         )
+
+
+class Budget(Frozen):
+    """What may be spent at most; None: no limit."""
+
+    max_usd: float | None = Field(default=None, ge=0, le=1_000_000, description="US dollars.")
+    max_tokens: int | None = Field(default=None, ge=0, le=10**12, description="Tokens of every kind, added up.")
+
+    @property
+    def unlimited(self) -> bool:
+        """True when nothing is limited."""
+        return self.max_usd is None and self.max_tokens is None
 
 
 class Failure(Frozen):
@@ -211,7 +228,28 @@ class Failure(Frozen):
 class Workspace(Frozen):
     """Where a session's files live."""
 
-    type: str = Field(default="ephemeral", pattern="^ephemeral$", description="`ephemeral`: deleted with the session.")
+    type: Literal["ephemeral", "user"] = Field(
+        default="ephemeral",
+        description="`ephemeral`: deleted with the session. `user`: a directory of its user's, which outlives it.",
+    )
+    subdir: str | None = Field(
+        default=None, max_length=200, description="Of type `user`: a directory below the user's own; without it, that."
+    )
+
+    @model_validator(mode="after")
+    def _subdir_of_user(self) -> Workspace:
+        if self.subdir is None:
+            return self
+        if self.type != "user":
+            raise ValueError("subdir belongs to a workspace of type user")
+        parts = self.subdir.split("/")
+        if (
+            self.subdir.startswith("/")
+            or any(part in ("", ".", "..") for part in parts)
+            or not self.subdir.isprintable()
+        ):
+            raise ValueError("subdir must be a relative path without empty parts, '.' or '..'")
+        return self
 
 
 class Session(Frozen):
@@ -219,7 +257,10 @@ class Session(Frozen):
 
     id: str = Field(description="The session's id (UUIDv7), never used again.")
     number: int = Field(description="Counts the sessions of this installation from 1.", exclude=True)
-    owner: str = Field(description="The principal the session belongs to.", exclude=True)
+    owner: str = Field(description="The user the session belongs to.", exclude=True)
+    uid_number: int | None = Field(
+        default=None, exclude=True, description="Whose its files are on the host; None: as its own number says."
+    )
     status: SessionStatus
     stop_reason: StopReason | None = None
     title: str | None = None
@@ -233,6 +274,7 @@ class Session(Frozen):
     turn_count: int = 0
     usage: Usage = Usage()
     cost_usd: float | None = None
+    budget: Budget | None = Field(default=None, description="What the session may spend in all.")
     error: Failure | None = None
     created_at: datetime
     last_active_at: datetime
@@ -280,6 +322,89 @@ class Sandbox(Frozen):
     agent_token_hash: str
     created_at: datetime
     ended_at: datetime | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ people
+
+
+class Scope(StrEnum):
+    """What a caller may do with what it owns; `admin` with everybody's, and with users and keys."""
+
+    READ = "sessions:read"
+    WRITE = "sessions:write"
+    ADMIN = "admin"
+
+
+USER_ID = r"^[A-Za-z0-9_-]{1,64}$"
+"""What a user's id looks like; it is also the name of a directory."""
+
+
+class Principal(Frozen):
+    """Somebody or something that calls."""
+
+    name: str = Field(description="Who calls, for the audit log: `admin`, `key:<id>`, `jwt:<subject>`, `sandbox:<id>`.")
+    user: str = Field(description="The user whose things the caller acts on.")
+    scopes: frozenset[Scope]
+    session_id: str | None = Field(default=None, description="The one session the caller is bound to, if it is.")
+    expires_at: datetime | None = Field(default=None, description="When a stream opened by this caller must end.")
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether everybody's things are the caller's to see."""
+        return Scope.ADMIN in self.scopes and self.session_id is None
+
+    @classmethod
+    def of_user(cls, user: str, scopes: frozenset[Scope] = frozenset({Scope.READ, Scope.WRITE})) -> Principal:
+        """A caller that is this user, and nothing more."""
+        return cls(name=f"user:{user}", user=user, scopes=scopes)
+
+    def may_see(self, session: Session) -> bool:
+        """Whether the session exists for this caller."""
+        if self.session_id is not None:
+            return self.session_id == session.id
+        return self.is_admin or session.owner == self.user
+
+
+ADMIN: Final = Principal(name="admin", user="admin", scopes=frozenset(Scope))
+"""The holder of the admin key, and everyone where authentication is off."""
+
+
+class User(Frozen):
+    """Somebody sessions belong to."""
+
+    id: str = Field(pattern=USER_ID)
+    disabled: bool = Field(default=False, description="A disabled user's keys open nothing.")
+    budget: Budget | None = Field(default=None, description="In all; without it, what the settings say.")
+    daily_budget: Budget | None = Field(default=None, description="A day (UTC); without it, what the settings say.")
+    max_sessions: int | None = Field(default=None, ge=0, le=10**9, description="Without it, what the settings say.")
+    number: int | None = Field(
+        default=None, exclude=True, description="Whose the files of their own directory are on the host."
+    )
+    created_at: datetime
+
+
+class ApiKey(Frozen):
+    """A key of a user's. The key itself is shown once and not kept."""
+
+    id: str
+    user_id: str
+    name: str | None = Field(default=None, max_length=200, description="What it is for.")
+    prefix: str = Field(description="How the key begins, to know it again.")
+    hash: str = Field(exclude=True)
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+
+class Ticket(Frozen):
+    """Opens one connection, once, for one session; for where a header cannot be sent."""
+
+    hash: str
+    principal: Principal
+    reusable: bool = Field(default=False, description="A short-lived token for a browser: good until it expires.")
+    expires_at: datetime
 
 
 # --------------------------------------------------------------------------------------------------------- ids, time

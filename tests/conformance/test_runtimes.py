@@ -14,7 +14,9 @@ from websockets.exceptions import ConnectionClosed
 from carrel import abc
 from carrel.model import new_id
 from carrel.protocol.link import RUNNER_FRAME, Hello
-from carrel.runtimes.local import LocalRuntime, LocalRuntimeOptions, processes
+from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions, processes
+from carrel.runtimes.local.caps import Means
+from carrel.runtimes.local.cgroups import name_of
 from carrel.sessions.hub import LinkConnection
 from carrel.testing import FakeHost, FakeRuntime
 from carrel.testing.conformance import failures
@@ -25,6 +27,7 @@ from carrel.testing.faulty import (
     RuntimeThatFailsToLaunch,
     RuntimeThatHidesItsOrphans,
     RuntimeThatLeavesItsProcesses,
+    RuntimeThatMeasuresTheDead,
     RuntimeThatNeverConnects,
     RuntimeThatTakesTheLivingForDead,
     RuntimeThatWritesItsTokensDown,
@@ -141,6 +144,7 @@ async def test_fake_runtime(
         (RuntimeThatHidesItsOrphans, "a_new_runtime_finds_what_an_old_one_made"),
         (RuntimeThatHidesItsOrphans, "a_dead_runner_is_noticed"),
         (RuntimeThatLeavesItsProcesses, "terminate_may_be_called_again"),
+        (RuntimeThatMeasuresTheDead, "what_runs_is_measured_and_what_ended_is_not"),
         (RuntimeThatTakesTheLivingForDead, "sandboxes_do_not_touch_each_other"),
         (RuntimeThatWritesItsTokensDown, "checkpoints_are_plain_and_hold_no_secret"),
     ],
@@ -155,8 +159,9 @@ async def test_a_faulty_runtime_is_caught(
 
 
 class LocalHarness(RuntimeHarness):
-    def __init__(self, folder: Path, owner: tuple[int, int] | None) -> None:
+    def __init__(self, folder: Path, owner: tuple[int, int] | None, caps_by: Means) -> None:
         self.folder = folder
+        self._caps_by = caps_by
         self._owner = owner
         self._hellos = Hellos()
         self._number = 0
@@ -179,6 +184,8 @@ class LocalHarness(RuntimeHarness):
             gateway_folder=self.folder / "gateway",
             cli_path=Path("/bin/true"),
             reconnect_window_seconds=30,
+            caps=Caps(memory_bytes=512 * 2**20, processes=64, cpus=1.5),
+            caps_by=self._caps_by,
         )
         return LocalRuntime(options)
 
@@ -195,15 +202,26 @@ class LocalHarness(RuntimeHarness):
     def left(self, sandbox_id: str) -> list[str]:
         folder = self.folder / "sandboxes" / sandbox_id
         running = [f"process {pid}" for pid, _ in processes.marked(sandbox_id)]
-        return running + ([str(folder)] if folder.exists() else [])
+        groups = [str(group) for group in self.groups() if group.name == sandbox_id]
+        return running + groups + ([str(folder)] if folder.exists() else [])
+
+    def groups(self) -> list[Path]:
+        """The control groups of this place, those of its sandboxes and the ones that hold them."""
+        bases = Path("/sys/fs/cgroup").glob(f"**/{name_of(self.folder / 'sandboxes')}")
+        return [group for base in bases for group in (base, *(path for path in base.iterdir() if path.is_dir()))]
 
 
-@pytest.fixture
-async def local_harness(tmp_path: Path) -> AsyncIterator[LocalHarness]:
+@pytest.fixture(params=["cgroup", "watchdog"])
+async def local_harness(
+    request: pytest.FixtureRequest, tmp_path: Path, require: Callable[[str], None]
+) -> AsyncIterator[LocalHarness]:
+    if request.param == "cgroup":
+        require("cgroup")
     async with AsyncExitStack() as stack:
-        harness = LocalHarness(tmp_path, (61_234, 61_234) if os.geteuid() == 0 else None)
+        harness = LocalHarness(tmp_path, (61_234, 61_234) if os.geteuid() == 0 else None, request.param)
         await harness.start(stack)
         yield harness
+    assert harness.groups() == []
 
 
 @pytest.mark.requires("bubblewrap")

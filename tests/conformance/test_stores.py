@@ -1,5 +1,6 @@
 """Every store keeps its contract, and the suite catches those that do not."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from carrel import abc
 from carrel.protocol.events import StoredEvent
 from carrel.store import SqliteStore
+from carrel.store.postgres import PostgresStore
 from carrel.testing.conformance import NotConforming, failures
 from carrel.testing.conformance import store as suite
 from carrel.testing.faulty import (
@@ -45,6 +47,13 @@ STORES: dict[str, Callable[[Path], Make]] = {
     "sqlite-memory": lambda folder: in_memory,
     "slow": lambda folder: lambda on_commit: StoreThatIsSlow(in_memory(on_commit)),
 }
+
+
+@pytest.mark.requires("postgres")
+@pytest.mark.parametrize("check", [*suite.CHECKS.values(), *suite.DURABLE_CHECKS.values()], ids=lambda c: c.__name__)
+async def test_postgres_store(check: Callable[[suite.OpenStore], Awaitable[None]], postgres: Callable[[], str]) -> None:
+    url = await asyncio.to_thread(postgres)
+    await check(opener(lambda on_commit: PostgresStore(url, on_commit=on_commit)))
 
 
 @pytest.mark.parametrize("check", suite.CHECKS.values(), ids=suite.CHECKS)

@@ -101,13 +101,28 @@ async def frames(response: httpx.Response) -> AsyncIterator[Json]:
 Start = Callable[..., Awaitable[Api]]
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.on_both_engines` runs a test on SQLite and on PostgreSQL."""
+    if metafunc.definition.get_closest_marker("on_both_engines") is not None:
+        metafunc.parametrize("engine", ["sqlite", "postgres"], indirect=True)
+
+
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
+def engine(request: pytest.FixtureRequest) -> Json:
+    """The settings that say where rows are; the same database for every server of one test."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return {}
+    return {"database": {"url": request.getfixturevalue("postgres")()}}
+
+
+@pytest.fixture
+async def start(tmp_path: Path, engine: Json) -> AsyncIterator[Start]:
     """`await start(**settings)` runs a server until the test ends."""
     async with AsyncExitStack() as stack:
 
         async def start_one(**settings: Any) -> Api:
-            given = {"data": tmp_path / "data", "port": 0, "model_upstream": "scripted", "drain_seconds": 0} | settings
+            given = {"data": tmp_path / "data", "port": 0, "model_upstream": "scripted", "drain_seconds": 0}
+            given |= engine | settings
             server = await stack.enter_async_context(running(load_settings(overrides=given)))
             http = httpx.AsyncClient(
                 base_url=f"{server.url}/api/v1", headers={"Authorization": f"Bearer {server.key}"}, timeout=60

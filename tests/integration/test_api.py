@@ -10,6 +10,7 @@ from websockets.exceptions import ConnectionClosed
 pytestmark = pytest.mark.requires("bubblewrap")
 
 
+@pytest.mark.on_both_engines
 async def test_bad_input_gets_a_clear_problem_and_changes_nothing(api):
     session = await api.session()
     for method, path, body, field in [
@@ -71,6 +72,7 @@ async def test_a_body_without_its_content_type_is_told_what_to_send(api):
     assert "Content-Type: application/json" in response.json()["detail"]
 
 
+@pytest.mark.on_both_engines
 async def test_lists_are_newest_first_and_their_cursors_walk_them_whole(api):
     made = [await api.session(title=str(i)) for i in range(7)]
     walked, cursor = [], None
@@ -96,6 +98,7 @@ async def test_creating_a_session_asks_no_model_and_starts_no_process(api):
     assert [event["type"] for event in await api.events(created["id"])] == ["session.created"]
 
 
+@pytest.mark.on_both_engines
 async def test_patch_changes_what_is_given_and_says_when_it_applies(api):
     session = await api.session(title="old", model="opus", system_prompt="be brief")
     changed = await api.ask("PATCH", f"/sessions/{session}", json={"title": "new", "model": None, "effort": "low"})
@@ -107,6 +110,7 @@ async def test_patch_changes_what_is_given_and_says_when_it_applies(api):
     assert "not both" in problem["detail"]
 
 
+@pytest.mark.on_both_engines
 async def test_an_idempotency_key_makes_one_of_two(api):
     key = {"Idempotency-Key": "once"}
     first = await api.http.post("/sessions", json={"title": "a"}, headers=key)
@@ -125,6 +129,7 @@ async def test_an_idempotency_key_makes_one_of_two(api):
     assert there.status_code == 201
 
 
+@pytest.mark.on_both_engines
 @pytest.mark.cli
 async def test_a_repeated_turn_runs_once_and_its_stream_is_replayed(api):
     session = await api.session()
@@ -167,6 +172,7 @@ async def _running(api, session):
     return (await api.ask("GET", f"/sessions/{session}"))["status"] == "running"
 
 
+@pytest.mark.on_both_engines
 @pytest.mark.cli
 async def test_a_viewer_that_comes_back_misses_nothing_and_sees_nothing_twice(api):
     session = await api.session()
@@ -186,6 +192,7 @@ async def test_a_viewer_that_comes_back_misses_nothing_and_sees_nothing_twice(ap
     assert [frame["data"] for frame in seen] == stored[: len(seen)]
 
 
+@pytest.mark.on_both_engines
 @pytest.mark.cli
 async def test_joining_in_the_middle_of_a_message_gives_the_text_so_far_once(api):
     session = await api.session()
@@ -213,6 +220,7 @@ async def test_joining_in_the_middle_of_a_message_gives_the_text_so_far_once(api
     assert await late == (expected, expected)
 
 
+@pytest.mark.on_both_engines
 @pytest.mark.cli
 async def test_the_websocket_goes_both_ways_and_all_viewers_see_the_same(api):
     session = await api.session()
@@ -303,6 +311,7 @@ async def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(start):
     assert (await api.ask("GET", f"/sessions/{session}/files"))["data"] == []
 
 
+@pytest.mark.on_both_engines
 @pytest.mark.cli
 async def test_export_is_whole(api):
     session = await api.session()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -199,19 +200,28 @@ async def test_the_second_interrupt_leaves_a_chat(start, tmp_path):
     await api.ask("DELETE", f"/sessions/{session['id']}")
 
 
-async def test_the_examples_work(start, tmp_path):
+async def test_the_examples_work(start):
     api = await start()
-    url, key = api.server.url, api.server.key
-    code, out, err = await ran(sys.executable, ROOT / "examples" / "quickstart.py", url, key)
+    key = (await api.ask("POST", "/keys", json={"user": "alice"}))["key"]
+    user = {"CARREL_URL": api.server.url, "CARREL_KEY": key}
+    code, out, err = await ran(sys.executable, ROOT / "examples" / "quickstart.py", **user)
     assert (code, err) == (0, "")
     assert "(Write)\n" in out
-    assert "succeeded: Result: Hello from the sandbox ($0.0" in out
-    code, out, err = await ran(ROOT / "examples" / "stream.sh", 'Say "Hi"\n\\o/', CARREL_URL=url, CARREL_KEY=key)
+    assert "succeeded: Result: Hello from the sandbox\n" in out
+    assert re.search(r"^claude-\S+: 4 requests, \$0\.[0-9]{4}$", out, re.MULTILINE)
+    assert "left of the session's budget: $4." in out
+    code, out, err = await ran(ROOT / "examples" / "stream.sh", 'Say\t"Hi"\n\\o/\n', **user)
     assert (code, err) == (0, "")
     assert "event: turn.completed" in out
     prompt = next(json.loads(line[6:]) for line in out.splitlines() if '"message.user"' in line and line[0] == "d")
-    assert prompt["data"]["content"][0]["text"] == 'Say "Hi"\n\\o/\n'
+    assert prompt["data"]["content"][0]["text"] == 'Say\t"Hi"\n\\o/\n'
+    assert re.search(r"^claude-\S+,1,", out, re.MULTILINE)
     assert (await api.ask("GET", "/sessions"))["data"] == []
+    usage = (await api.ask("GET", "/usage", params={"group_by": "user"}))["data"]
+    assert [(row["user"], row["requests"]) for row in usage] == [("alice", 5)]
+    code, out, err = await ran(ROOT / "examples" / "stream.sh", CARREL_URL=api.server.url, CARREL_KEY="wrong")
+    assert code != 0
+    assert "A valid key is required" in err
 
 
 @asynccontextmanager

@@ -67,6 +67,7 @@ async def test_a_killed_process_fails_the_turn_and_not_the_session(api, victim):
     assert "turn 2" in result["text"] or "turn 3" in result["text"]
 
 
+@pytest.mark.on_both_engines
 @pytest.mark.parametrize("victim", ["runner", "agent"])
 async def test_a_turn_may_be_taken_up_again(api, victim):
     session = await api.session()
@@ -111,6 +112,7 @@ async def test_the_preloaded_parent_may_die_at_any_time(api):
     assert ended["data"]["status"] == "succeeded"
 
 
+@pytest.mark.on_both_engines
 async def test_of_two_runners_for_one_session_the_older_one_ends(api):
     session = await api.session()
     await api.run(session, "hello")

@@ -27,6 +27,7 @@ def processes_of(data: Path) -> list[int]:
     return found
 
 
+@pytest.mark.on_both_engines
 async def test_an_idle_session_costs_no_process_and_wakes_where_it_was(start):
     api = await start(idle_timeout_seconds=0.5)
     session = await api.session()
@@ -56,6 +57,7 @@ async def test_a_long_turn_is_not_taken_for_idle(start):
     assert result["tool_calls"][0]["result"] == "slept"
 
 
+@pytest.mark.on_both_engines
 async def test_stop_and_resume(api):
     session = await api.session()
     await api.run(session, "hello")
@@ -74,6 +76,7 @@ async def test_stop_and_resume(api):
     assert "turn 3" in (await api.run(session, "hello"))["text"]
 
 
+@pytest.mark.on_both_engines
 async def test_delete_in_mid_turn_leaves_nothing(api):
     session = await api.session()
     turn = await api.send(session, "[[bash: sleep 100 & sleep 100]]")
@@ -95,6 +98,7 @@ async def test_delete_in_mid_turn_leaves_nothing(api):
     ] == "session_not_found"
 
 
+@pytest.mark.on_both_engines
 async def test_viewers_of_a_deleted_session_are_told_and_let_go(api):
     session = await api.session()
     seen = []
@@ -122,6 +126,7 @@ async def test_an_unused_session_is_deleted_when_its_time_is_over(start, monkeyp
     await api.until("it is gone", gone)
 
 
+@pytest.mark.on_both_engines
 async def test_a_turn_that_waits_too_long_expires(api):
     session = await api.session()
     first = await api.send(session, "[[count: 1000 @50]]")
@@ -132,8 +137,9 @@ async def test_a_turn_that_waits_too_long_expires(api):
     await api.ask("POST", f"/sessions/{session}/interrupt", 202)
 
 
-async def test_an_orderly_restart_keeps_conversation_files_and_queue(start, tmp_path):
-    given = {"data": tmp_path / "again", "port": 0, "model_upstream": "scripted", "drain_seconds": 0}
+@pytest.mark.on_both_engines
+async def test_an_orderly_restart_keeps_conversation_files_and_queue(start, tmp_path, engine):
+    given = {"data": tmp_path / "again", "port": 0, "model_upstream": "scripted", "drain_seconds": 0, **engine}
     async with running(load_settings(overrides=given)) as server:
         headers = {"Authorization": f"Bearer {server.key}"}
         async with httpx.AsyncClient(base_url=f"{server.url}/api/v1", headers=headers, timeout=60) as http:

@@ -13,6 +13,7 @@ def texts(frames: list[dict[str, Any]]) -> str:
     return "".join(f["data"]["text"] for f in frames if f["event"] == "delta" and f["data"]["kind"] == "text")
 
 
+@pytest.mark.on_both_engines
 async def test_a_streamed_turn_shows_tokens_before_their_block_ends(api):
     session = await api.session()
     seen = []
@@ -28,6 +29,7 @@ async def test_a_streamed_turn_shows_tokens_before_their_block_ends(api):
     assert seen[-1]["data"]["data"]["status"] == "succeeded"
 
 
+@pytest.mark.on_both_engines
 async def test_tools_run_in_the_workspace(api):
     session = await api.session()
     result = await api.run(
@@ -65,6 +67,7 @@ async def test_a_later_turn_remembers_the_earlier_ones(api):
     assert "turn 2" in result["text"]
 
 
+@pytest.mark.on_both_engines
 async def test_five_megabytes_of_text_and_of_a_tools_result(api):
     session = await api.session()
     text = await api.run(session, "[[repeat: 0123456789abcdef | 5000000]]")
@@ -128,6 +131,7 @@ async def test_a_broken_stream_resets_what_was_shown(api):
     assert seen[-1]["data"]["data"]["status"] == "succeeded"
 
 
+@pytest.mark.on_both_engines
 async def test_interrupt_in_the_middle_of_a_count(api):
     session = await api.session()
     async with api.stream("POST", f"/sessions/{session}/turns", json={"prompt": "[[count: 1000 @20]]"}) as stream:
@@ -156,6 +160,7 @@ async def test_a_timeout_ends_the_turn_and_not_the_session(api):
     assert (await api.run(session, "next"))["status"] == "succeeded"
 
 
+@pytest.mark.on_both_engines
 async def test_queued_turns_run_in_order(api):
     session = await api.session()
     turns = [await api.send(session, f"[[bash: echo {i} >> order.txt]]") for i in range(4)]
@@ -165,6 +170,7 @@ async def test_queued_turns_run_in_order(api):
     assert order.text.split() == ["0", "1", "2", "3"]
 
 
+@pytest.mark.on_both_engines
 async def test_a_queued_turn_can_be_cancelled_and_a_running_one_not(api):
     session = await api.session()
     first = await api.send(session, "[[count: 1000 @50]]")
@@ -197,6 +203,7 @@ async def test_structured_output(api):
     assert result["structured_output"] == {"answer": 42}
 
 
+@pytest.mark.on_both_engines
 async def test_usage_and_cost_are_metered(api):
     session = await api.session(model="claude-opus-5-5")
     result = await api.run(session, "hello")
@@ -224,6 +231,7 @@ async def test_the_model_of_a_turn_is_used_from_there_on(api):
     assert models == ["claude-opus-5-5", "claude-haiku-5-5", "claude-haiku-5-5"]
 
 
+@pytest.mark.on_both_engines
 async def test_fork_goes_on_from_an_earlier_turn(api):
     session = await api.session()
     first = await api.run(session, "[[write: a.txt | kept]]")
@@ -238,6 +246,7 @@ async def test_fork_goes_on_from_an_earlier_turn(api):
     assert (await api.http.get(f"/sessions/{session}/files/a.txt")).text == "kept"
 
 
+@pytest.mark.on_both_engines
 async def test_a_query_leaves_nothing(api):
     result = await api.ask("POST", "/query", json={"prompt": "[[say: once]]"})
     assert result["text"] == "once"

@@ -32,6 +32,7 @@ import uvicorn
 
 import carrel
 from carrel.model_gateway import scripted
+from carrel.runtimes.local.cgroups import name_of
 
 HERE = Path(__file__).parent
 ORDINARY_USER = 64_321
@@ -114,8 +115,9 @@ def in_memory(pid: int, wanted: dict[str, bytes]) -> tuple[set[str], int]:
     return found, size
 
 
-def cgroups() -> set[str]:
-    return {folder for folder, _, _ in os.walk("/sys/fs/cgroup")}
+def cgroups(data: Path) -> set[str]:
+    """The server's control groups; others run here too."""
+    return {str(folder) for folder in Path("/sys/fs/cgroup").glob(f"**/{name_of(data / 'sandboxes')}")}
 
 
 def mounts() -> list[str]:
@@ -451,7 +453,7 @@ def found(request: pytest.FixtureRequest, require: Callable[[str], None]) -> Ite
 
 
 def investigate(found: Found, folder: Path, uid: int | None, upstream: str, listener: Listener) -> Found:
-    before = {"mounts": mounts(), "cgroups": cgroups(), "pids": set(pids())}
+    before = {"mounts": mounts(), "pids": set(pids())}
     found.host["core_pattern"] = Path("/proc/sys/kernel/core_pattern").read_bytes()
     with house(folder, uid=uid, model_upstream=upstream, anthropic_api_key=found.model_key) as home:
         ours, neighbour = home.session(), home.session()
@@ -507,7 +509,7 @@ def investigate(found: Found, folder: Path, uid: int | None, upstream: str, list
             str(path) for path in folder.rglob("*") if not path.is_symlink() and stat.S_ISSOCK(path.stat().st_mode)
         ]
         found.host["left mounts"] = sorted(set(mounts()) - set(before["mounts"]))
-        found.host["left cgroups"] = sorted(cgroups() - before["cgroups"])
+        found.host["left cgroups"] = sorted(cgroups(home.data))
         found.host["left folders"] = sorted(path.name for path in (folder / "tmp").iterdir())
         look_at_files(found, home, hidden)
     return found

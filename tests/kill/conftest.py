@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,26 @@ serve(load_settings(overrides=json.loads(sys.argv[1])))
 class Victim:
     """A server on one data folder, through any number of lives."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, new_database: Callable[[], str] | None = None) -> None:
         self.data = data
+        self._new_database = new_database
+        self._rows = self._database()
         self.process: subprocess.Popen[bytes] | None = None
         self.lives = 0
         self._log = data.parent / "server.log"
 
+    def _database(self) -> Json:
+        return {} if self._new_database is None else {"database": {"url": self._new_database()}}
+
+    def forget(self) -> None:
+        """Remove everything it has stored."""
+        for path in sorted(self.data.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._rows = self._database()
+
     def start(self, **settings: Any) -> None:
-        given = {"data": str(self.data), "port": 0, "model_upstream": "scripted", "drain_seconds": 0} | settings
+        given = {"data": str(self.data), "port": 0, "model_upstream": "scripted", "drain_seconds": 0}
+        given |= self._rows | settings
         (self.data / "server.json").unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -87,11 +99,26 @@ class Victim:
         raise AssertionError(f"the server did not come up:\n{self.log()[-3000:]}")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.on_both_engines` runs a test on SQLite and on PostgreSQL."""
+    if metafunc.definition.get_closest_marker("on_both_engines") is not None:
+        metafunc.parametrize("engine", ["sqlite", "postgres"], indirect=True)
+
+
 @pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Victim]:
+def engine(request: pytest.FixtureRequest) -> Callable[[], str] | None:
+    """What makes a database; None where rows are in the data folder."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return None
+    found: Callable[[], str] = request.getfixturevalue("postgres")
+    return found
+
+
+@pytest.fixture
+def victim(tmp_path: Path, engine: Callable[[], str] | None) -> Iterator[Victim]:
     data = tmp_path / "data"
     data.mkdir()
-    victim = Victim(data)
+    victim = Victim(data, engine)
     yield victim
     if victim.dead:
         # Whatever runners a killed server left are found and ended by one that starts on the same data.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.requests import HTTPConnection
@@ -11,12 +10,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carrel import __version__
 from carrel.api import problems
-from carrel.api.dependencies import Services, principal
-from carrel.api.routes import events, files, health, models, query, sessions, turns
-from carrel.errors import AuthenticationRequired, CarrelError, FileTooLarge, UntrustedOrigin
+from carrel.api.authentication import KeyFirst
+from carrel.api.dependencies import Services
+from carrel.api.routes import (
+    audit,
+    events,
+    files,
+    health,
+    keys,
+    messages,
+    metrics,
+    models,
+    query,
+    sessions,
+    tickets,
+    turns,
+    usage,
+    users,
+)
+from carrel.errors import CarrelError, FileTooLarge
+from carrel.model import ADMIN
 
 API_PREFIX = "/api/v1"
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _DESCRIPTION = """Private, durable sessions of Claude Code.
 
 Send `Authorization: Bearer <key>` with every call; the first key is in `DATA/admin.key`. Errors are
@@ -37,12 +52,29 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     problems.install(app)
-    for router in (sessions.router, turns.router, events.router, files.router, query.router, models.router):
+    for router in (
+        sessions.router,
+        turns.router,
+        events.router,
+        messages.router,
+        files.router,
+        query.router,
+        models.router,
+        audit.router,
+        keys.router,
+        users.router,
+        tickets.router,
+        usage.router,
+    ):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_middleware(_BodyLimit, max_bytes=services.max_body_bytes)
-    app.add_middleware(_KeyFirst if services.admin_key is not None else _OnlyOurOwnPages)
-    _complete_openapi(app, key_wanted=services.admin_key is not None)
+    services.edges.inside(app, unnamed=ADMIN if services.authenticator is None else None)
+    if services.authenticator is not None:
+        app.add_middleware(KeyFirst, prefix=API_PREFIX)
+    services.edges.outside(app)
+    _complete_openapi(app, key_wanted=services.authenticator is not None)
     return app
 
 
@@ -58,7 +90,7 @@ def _complete_openapi(app: FastAPI, *, key_wanted: bool) -> None:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, item in document["paths"].items():
             for operation in item.values():
-                if key_wanted and path.startswith(API_PREFIX):
+                if key_wanted and (path.startswith(API_PREFIX) or path == "/metrics"):
                     operation["security"] = [{"key": []}]
                 # FastAPI's own shape of a validation error is not what we answer.
                 told = operation["responses"].get("422")
@@ -96,49 +128,6 @@ class _BodyLimit:
             return message
 
         await self._app(scope, counted, send)
-
-
-class _KeyFirst:
-    """Turns away who brings no key, before a byte of the body is read or a word is said about it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(API_PREFIX + "/"):
-            try:
-                principal(HTTPConnection(scope))
-            except AuthenticationRequired as error:
-                await _refuse(error, scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-class _OnlyOurOwnPages:
-    """Where there is no key: no page of another origin may drive the server, not even through a name of its own."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and not _trusted(HTTPConnection(scope)):
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 4003})
-                return
-            await _refuse(UntrustedOrigin(), scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-
-def _trusted(connection: HTTPConnection) -> bool:
-    host = connection.headers.get("host", "")
-    origin = connection.headers.get("origin")
-    try:
-        if urlsplit(f"//{host}").hostname not in _LOOPBACK_NAMES:
-            return False
-        return origin is None or urlsplit(origin).netloc == host
-    except ValueError:  # not an address at all
-        return False
 
 
 async def _refuse(error: CarrelError, scope: Scope, receive: Receive, send: Send) -> None:

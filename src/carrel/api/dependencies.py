@@ -11,10 +11,13 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from carrel import abc
-from carrel.auth import ADMIN, AdminKey, Principal
-from carrel.errors import AuthenticationRequired
-from carrel.model import new_id
+from carrel.api.edges import Edges
+from carrel.auth import Authenticator
+from carrel.errors import BoundToSession, MissingScope
+from carrel.model import ADMIN, Principal, Scope, new_id
+from carrel.sessions.history import History
 from carrel.sessions.service import SessionService
+from carrel.sessions.spending import Spending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,10 @@ class Services:
 
     store: abc.Store
     sessions: SessionService
-    admin_key: AdminKey | None
-    """None: authentication is off."""
+    spending: Spending
+    history: History
+    authenticator: Authenticator | None
+    """None: authentication is off, and everybody is the admin."""
     ready: Callable[[], Awaitable[dict[str, Any]]]
     """Says of each part whether it works."""
     models: Callable[[], Awaitable[list[dict[str, Any]]]]
@@ -32,6 +37,12 @@ class Services:
     max_file_bytes: int = 1024 * 1024 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     heartbeat_seconds: float = 15.0
+    edges: Edges = field(default_factory=Edges)
+    """What stands around the routes: limits, audit, origins, logs, metrics."""
+    first_message_seconds: float = 5.0
+    """How long a WebSocket may take to say whose it is."""
+    recheck_seconds: float = 30.0
+    """How often whoever holds a stream is looked up again."""
     boot_id: str = field(default_factory=new_id)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -48,20 +59,52 @@ def services(connection: HTTPConnection) -> Services:
     return found
 
 
-def principal(connection: HTTPConnection) -> Principal:
+PRINCIPAL = "carrel.principal"
+"""Where in an ASGI scope the caller is, once known."""
+
+
+def bearer(connection: HTTPConnection) -> str | None:
+    """What the caller sent as `Authorization: Bearer`; None where it sent nothing of the kind."""
+    scheme, _, given = connection.headers.get("authorization", "").partition(" ")
+    return given.strip() or None if scheme.lower() == "bearer" else None
+
+
+async def principal(connection: HTTPConnection) -> Principal:
     """Who is calling.
 
     Raises:
         AuthenticationRequired: no key, or a wrong one.
     """
-    key = services(connection).admin_key
-    if key is None:
-        return ADMIN
-    scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.fits(given.strip()):
-        raise AuthenticationRequired
-    return ADMIN
+    known: Principal | None = connection.scope.get(PRINCIPAL)
+    if known is not None:
+        return known
+    authenticator = services(connection).authenticator
+    found = ADMIN if authenticator is None else await authenticator.authenticate(bearer(connection))
+    connection.scope[PRINCIPAL] = found
+    return found
+
+
+def need(principal: Principal, scope: Scope) -> None:
+    """Go on only if the caller has the scope. Raises MissingScope."""
+    if scope not in principal.scopes:
+        raise MissingScope(scope)
+
+
+async def admin(found: Annotated[Principal, Depends(principal)]) -> Principal:
+    """Who is calling, if they may administer. Raises MissingScope."""
+    if not found.is_admin:
+        raise MissingScope(Scope.ADMIN)
+    return found
+
+
+async def unbound(found: Annotated[Principal, Depends(principal)]) -> Principal:
+    """Who is calling, if their token is not bound to one session. Raises BoundToSession."""
+    if found.session_id is not None:
+        raise BoundToSession
+    return found
 
 
 ServicesDep = Annotated[Services, Depends(services)]
 PrincipalDep = Annotated[Principal, Depends(principal)]
+AdminDep = Annotated[Principal, Depends(admin)]
+UnboundDep = Annotated[Principal, Depends(unbound)]

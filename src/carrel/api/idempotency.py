@@ -16,9 +16,8 @@ from starlette.responses import Response
 from carrel import abc
 from carrel.api.dependencies import Services
 from carrel.api.sse import wanted
-from carrel.auth import Principal
-from carrel.errors import IdempotencyInFlight, IdempotencyMismatch, ValidationFailed
-from carrel.model import utc_now
+from carrel.errors import IdempotencyInFlight, IdempotencyMismatch, StoreUnavailable, ValidationFailed
+from carrel.model import Principal, utc_now
 from carrel.sessions.service import Mark
 
 LIFETIME = timedelta(hours=24)
@@ -31,6 +30,8 @@ async def once(
     principal: Principal,
     make: Callable[[Mark | None], Awaitable[Response]],
     replay: Callable[[str], Awaitable[Response]] | None = None,
+    *,
+    keep: bool = True,
 ) -> Response:
     """Answer a request, or repeat its first answer.
 
@@ -40,6 +41,7 @@ async def once(
         principal: whose key it is.
         make: does what is asked and answers it.
         replay: answers for the object that the first request made, where its answer was not kept.
+        keep: whether the answer is kept; not where it holds a secret.
 
     Raises:
         IdempotencyMismatch: another request came with this key before.
@@ -65,7 +67,7 @@ async def once(
         again = await _again(request, services, record, earlier, replay)
         if again is not None:
             return again
-    return await _first(services, record, make)
+    return await _first(services, record, make, keep=keep)
 
 
 async def _fingerprint(request: Request) -> str:
@@ -103,19 +105,31 @@ async def _again(
 
 
 async def _first(
-    services: Services, record: abc.IdempotencyRecord, make: Callable[[Mark | None], Awaitable[Response]]
+    services: Services,
+    record: abc.IdempotencyRecord,
+    make: Callable[[Mark | None], Awaitable[Response]],
+    *,
+    keep: bool,
 ) -> Response:
     try:
         answer = await make(Mark(record.principal, record.key))
     except BaseException:
         # Nothing was made, or what was made is noted: either way a repeat may try again.
-        await services.store.write(lambda tx: _forget_unless_made(tx, record))
+        await _note(services, lambda tx: _forget_unless_made(tx, record))
         raise
-    body = bytes(answer.body).decode() if hasattr(answer, "body") else None
-    await services.store.write(
-        lambda tx: tx.idempotency.update(record.principal, record.key, status=answer.status_code, body=body)
+    body = bytes(answer.body).decode() if keep and hasattr(answer, "body") else None
+    await _note(
+        services, lambda tx: tx.idempotency.update(record.principal, record.key, status=answer.status_code, body=body)
     )
     return answer
+
+
+async def _note(services: Services, work: Callable[[abc.Transaction], None]) -> None:
+    """Store how the request ended; where the store is away, when it is back, or no repeat would ever be answered."""
+    try:
+        await services.store.write(work)
+    except StoreUnavailable:
+        services.background(services.store.write_surely(work))
 
 
 def _forget_unless_made(tx: abc.Transaction, record: abc.IdempotencyRecord) -> None:

@@ -13,8 +13,16 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
-from carrel.errors import AuthenticationRequired, CarrelError, MethodNotAllowed, RouteNotFound, ValidationFailed
+from carrel.errors import (
+    AuthenticationRequired,
+    CarrelError,
+    MethodNotAllowed,
+    MissingScope,
+    RouteNotFound,
+    ValidationFailed,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +44,7 @@ class Problem(BaseModel):
 def responses(*errors: type[CarrelError]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of the errors a route may answer."""
     found: dict[int | str, dict[str, Any]] = {}
-    listed: tuple[type[CarrelError], ...] = (AuthenticationRequired, *errors)
+    listed: dict[type[CarrelError], None] = dict.fromkeys((AuthenticationRequired, MissingScope, *errors))
     for error in listed:
         entry = found.setdefault(
             error.http_status,
@@ -76,15 +84,40 @@ def problem(error: CarrelError, instance: str) -> Response:
     return Response(to_json(body), status_code=error.http_status, headers=headers, media_type=MEDIA_TYPE)
 
 
+# The checker's words where they speak of its own workings.
+_WORDS = {
+    "extra_forbidden": "there is no such field",
+    "missing": "is required",
+    "model_attributes_type": "must be a JSON object",
+    "dict_type": "must be a JSON object",
+}
+
+
 def _plain(error: dict[str, Any]) -> dict[str, Any]:
     # The offending input itself is left out: it may be large, or a secret.
-    return {"field": ".".join(str(part) for part in error["loc"]), "message": error["msg"]}
+    kind = error.get("type")
+    if kind == "json_invalid":
+        *place, character = error["loc"]
+        return {"field": ".".join(map(str, place)), "message": f"is not JSON, from character {character} on"}
+    message = _WORDS.get(kind or "", error["msg"])
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+    return {"field": ".".join(str(part) for part in error["loc"]), "message": message}
 
 
 def _validation_failed(errors: list[Any]) -> ValidationFailed:
     found = [_plain(item) for item in errors]
     first = found[0] if found else {"field": "body", "message": "is not valid"}
     return ValidationFailed(f"{first['field']}: {first['message']}", errors=found[:50])
+
+
+def _methods(request: Request) -> set[str]:
+    """What the address takes: the framework names the methods of the first route alone, and has one for each."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return found
 
 
 def install(app: FastAPI) -> None:
@@ -113,7 +146,7 @@ def install(app: FastAPI) -> None:
             return problem(RouteNotFound(), request.url.path)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             answer = problem(MethodNotAllowed(), request.url.path)
-            answer.headers.update(error.headers or {})
+            answer.headers["Allow"] = ", ".join(sorted(_methods(request)))
             return answer
         failed = ValidationFailed(str(error.detail)) if error.status_code < 500 else CarrelError()
         return problem(failed, request.url.path)

@@ -11,7 +11,22 @@ from typing import Annotated
 import typer
 
 from carrel import __version__
-from carrel.cli import chat, demo, doctor, serve, sessions, settings
+from carrel.cli import (
+    audit,
+    backup,
+    chat,
+    demo,
+    doctor,
+    importing,
+    keys,
+    migrate,
+    serve,
+    sessions,
+    settings,
+    token,
+    usage,
+    users,
+)
 from carrel.cli.context import Context
 from carrel.cli.output import one_line
 from carrel.errors import CarrelError, OperatorError
@@ -32,8 +47,17 @@ app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("chat")(chat.chat)
 app.add_typer(sessions.app, name="sessions")
+app.command("audit")(audit.audit)
+app.add_typer(importing.app, name="import")
+app.add_typer(keys.app, name="keys")
+app.add_typer(users.app, name="users")
+app.add_typer(token.app, name="token")
+app.command("usage")(usage.usage)
 app.command("settings")(settings.settings)
 app.command("doctor")(doctor.doctor)
+app.command("migrate")(migrate.migrate)
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 
 
 def _version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ def chat(
     session: Annotated[str | None, typer.Argument(help="The session to go on with. (default: a new one)")] = None,
     model: Annotated[str | None, typer.Option(help="The model from here on.")] = None,
     title: Annotated[str | None, typer.Option(help="The title of a new session.")] = None,
+    max_usd: Annotated[float | None, typer.Option(min=0, help="What the session may spend, in US dollars.")] = None,
 ) -> None:
     """Talk with a session. Ctrl-C interrupts the turn; a second one, or Ctrl-D, leaves.
 
@@ -38,7 +39,7 @@ def chat(
     with asyncio.Runner() as runner:
         talk = Talk(context_of(context).connect_async(), console, lively=person and console.is_terminal)
         try:
-            runner.run(talk.open(session, model=model, title=title))
+            runner.run(talk.open(session, model=model, title=title, max_usd=max_usd))
             well = _at_terminal(runner, talk, console) if person else _from_pipe(runner, talk)
         finally:
             runner.run(talk.close())
@@ -93,19 +94,23 @@ class Talk:
         self._console = console
         self._lively = lively
 
-    async def open(self, session_id: str | None, *, model: str | None, title: str | None) -> None:
+    async def open(
+        self, session_id: str | None, *, model: str | None, title: str | None, max_usd: float | None = None
+    ) -> None:
         """Make a session, or take one up again."""
         sessions = self._carrel.sessions
         session: Session
+        changes: dict[str, Any] = {} if model is None else {"model": model}
+        if max_usd is not None:
+            changes["budget"] = {"max_usd": max_usd}
         if session_id is None:
-            spec = {name: value for name, value in {"model": model, "title": title}.items() if value is not None}
-            session = await sessions.create(**spec)
+            session = await sessions.create(**changes, **({} if title is None else {"title": title}))
         else:
             session = await sessions.get(session_id)
             if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
                 session = await sessions.resume(session_id)
-            if model is not None:
-                session = await sessions.update(session_id, model=model)
+            if changes:
+                session = await sessions.update(session_id, **changes)
         self.session_id = session.id
         if self._lively:
             turns = f", {session.turn_count} turns so far" if session.turn_count else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ class Context:
     data: Path | None = None
     debug: bool = False
 
-    def settings(self, config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    def settings(
+        self, config: Path | None = None, overrides: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+    ) -> Settings:
         """The settings, as the command line changes them."""
-        return load_settings(config, {"data": self.data} | dict(overrides or {}))
+        return load_settings(config, {"data": self.data} | dict(overrides or {}), assignments)
 
     def server(self) -> tuple[str, str | None]:
         """The server's address, and the key for it.

@@ -36,7 +36,7 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port. (default: any free one)")] = 0,
 ) -> None:
     """Show a whole session with the scripted model, then stay up to play with. Needs no credential."""
-    from carrel.cli import server
+    from carrel.cli import seen
 
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="carrel-demo-") as folder:
@@ -52,7 +52,7 @@ def demo(
                 "log_level": "error",
             }
         )
-        server.configure_logging(settings.log_level)
+        seen.configure_logs(settings)
         try:
             asyncio.run(_demo(settings, console, once=once))
         except (asyncio.CancelledError, KeyboardInterrupt):  # told to end: by SIGTERM, or by Ctrl-C

@@ -9,6 +9,7 @@ import structlog
 
 from carrel import abc
 from carrel.api import Services
+from carrel.errors import StoreUnavailable
 from carrel.model import SandboxStatus, StopReason, TurnStatus
 from carrel.sessions import transitions
 from carrel.sessions.hub import Hub
@@ -23,6 +24,18 @@ _INTERRUPT_SECONDS = 5.0
 async def drain(owner: Owner, services: Services, hub: Hub, runtime: abc.Runtime, seconds: float) -> None:
     """End every sandbox of this server; running turns have `seconds` to finish and are interrupted after that."""
     owner.draining = True
+    try:
+        await _put_all_to_sleep(services, seconds)
+    except StoreUnavailable:
+        # The rows keep what they say; the next start mends them. What runs is ended all the same.
+        log.warning("drain.store_away")
+        for state in (await runtime.owned()).values():
+            await runtime.terminate(state)
+    if services.tasks:
+        await asyncio.wait(services.tasks, timeout=_INTERRUPT_SECONDS)
+
+
+async def _put_all_to_sleep(services: Services, seconds: float) -> None:
     store = services.store
     await _until(lambda: _nothing_runs(store), seconds)
     running = await store.write(_interrupt_all)
@@ -32,8 +45,6 @@ async def drain(owner: Owner, services: Services, hub: Hub, runtime: abc.Runtime
         await _until(lambda: _nothing_runs(store), _INTERRUPT_SECONDS)
     session_ids = await store.write(_put_to_sleep)
     await asyncio.gather(*(services.sessions.settle(session_id) for session_id in session_ids))
-    if services.tasks:
-        await asyncio.wait(services.tasks, timeout=_INTERRUPT_SECONDS)
 
 
 async def _until(done: Callable[[], Awaitable[bool]], seconds: float) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic_core import to_json
 
-__all__ = ["clean", "one_line", "print_json", "print_table", "when"]
+from carrel.model import Budget
+
+__all__ = ["budget_words", "clean", "one_line", "print_json", "print_table", "when"]
 
 # What an agent writes is not trusted with the terminal: escape sequences could move, hide and answer things.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -42,3 +44,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def when(moment: datetime) -> str:
     """A time, to the second, where the reader is."""
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def budget_words(budget: Budget) -> str:
+    """How large a budget is."""
+    sizes = [] if budget.max_usd is None else [f"${budget.max_usd:.2f}"]
+    sizes += [] if budget.max_tokens is None else [f"{budget.max_tokens:,} tokens"]
+    return ", ".join(sizes) or "no limit"

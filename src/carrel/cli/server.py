@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
-import hashlib
-import json
-import logging
 import os
 import signal
-import socket
-import stat
-import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,36 +13,47 @@ from typing import Any
 
 import httpx
 import structlog
-import uvicorn
-import websockets.asyncio.server as ws
-from websockets.exceptions import ConnectionClosed
 
-from carrel import __version__, killpoints
+from carrel import killpoints
 from carrel.api import Services, create_app
-from carrel.auth import AdminKey
+from carrel.api.dialects import create_dialect, mount
+from carrel.auth import AdminKey, Authenticator
+from carrel.budgets import Allowances
 from carrel.buses import MemoryBus
+from carrel.cli.authentication import authenticator_of
+from carrel.cli.data_folder import DataFolder
+from carrel.cli.dialects import dialect_options, say_dialects
+from carrel.cli.direct import check_direct, direct_environment
 from carrel.cli.drain import drain
-from carrel.errors import DataFolderInUse, InvalidSettings, OperatorError
-from carrel.model import Isolation
+from carrel.cli.listening import listen, serve_link, serve_unix
+from carrel.cli.seen import Seen, build_edges, configure_logs
+from carrel.cli.storage import open_store
+from carrel.errors import InvalidSettings, OperatorError
+from carrel.model import Isolation, utc_now
 from carrel.model_gateway import credentials, scripted
 from carrel.model_gateway.app import ModelGateway
 from carrel.model_gateway.meter import Meter
 from carrel.model_gateway.prices import Prices
-from carrel.runtimes.local import LocalRuntime, LocalRuntimeOptions
-from carrel.sessions.hub import Hub, LinkConnection
+from carrel.protocol.spec import SessionSpec
+from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions
+from carrel.sessions.admission import Admission
+from carrel.sessions.guard import Guard
+from carrel.sessions.history import History
+from carrel.sessions.hub import Hub
 from carrel.sessions.live import Live
+from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
+from carrel.sessions.spending import Spending
 from carrel.sessions.streams import Streams
-from carrel.settings import Settings
-from carrel.store import SqliteStore
+from carrel.settings import Limits, Settings
 from carrel.workspaces import Folders
+from carrel.workspaces.reserve import Reserve
 
 log = structlog.get_logger(__name__)
 
-_LONGEST_SOCKET_PATH = 90
 _UPSTREAM_TIMEOUT = httpx.Timeout(600.0, connect=15.0, pool=60.0)
 
 
@@ -63,11 +66,18 @@ class Running:
     data: Path
     services: Services
     hub: Hub
+    guard: Guard
+    listeners: Mapping[str, str]
+    """The address of every listener by its name: `api`, and the dialects that have one of their own."""
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Running]:
+async def running(settings: Settings, *, span_exporter: Any = None) -> AsyncIterator[Running]:
     """Run a server in this event loop, from its first start to its last write.
+
+    Args:
+        settings: how it runs.
+        span_exporter: where traces go, if they are switched on; default: where the OTEL_ variables say.
 
     Raises:
         OperatorError: it cannot start; the message says what to do.
@@ -76,16 +86,27 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         point, _, visits = settings.kill_at.partition(":")
         killpoints.arm(point, int(visits or 1))
     async with AsyncExitStack() as stack:
-        folder = _Folder(settings, stack)
+        folder = DataFolder(settings, stack)
+        if settings.limits.disk_reserve_mb:
+            await Reserve(settings.data / "reserve", settings.limits.disk_reserve_mb * 2**20).start(stack)
         key = AdminKey.load(settings.data / "admin.key") if settings.auth == "key" else None
-        parts = await _build(settings, folder, stack, key)
-        server = await _listen(settings, create_app(parts.services), stack)
-        url = f"http://{_shown(settings.host)}:{server.servers[0].sockets[0].getsockname()[1]}"
-        folder.announce(url, stack)
+        seen = await Seen.start(settings, stack, span_exporter)
+        parts = await _build(settings, folder, stack, key, seen)
+        app = create_app(parts.services)
+        for name in settings.dialects:
+            options = dialect_options(
+                settings, name, parts.authenticator, parts.source, isolated=parts.runtime.isolated
+            )
+            mount(app, name, create_dialect(name, parts.services, options))
+        listeners = await listen(settings, app, stack)
+        url = listeners["api"]
+        folder.announce(listeners, stack)
         _say(settings, url, key, parts.source)
+        say_dialects(settings, listeners)
         await parts.reconciler.start(stack)
+        await parts.guard.start(stack)
         stack.push_async_callback(drain, parts.owner, parts.services, parts.hub, parts.runtime, settings.drain_seconds)
-        yield Running(url, key.key if key else None, settings.data, parts.services, parts.hub)
+        yield Running(url, key.key if key else None, settings.data, parts.services, parts.hub, parts.guard, listeners)
 
 
 def serve(settings: Settings) -> None:
@@ -105,7 +126,7 @@ def serve(settings: Settings) -> None:
             log.info("server.stopping")
         log.info("server.stopped")
 
-    configure_logging(settings.log_level)
+    configure_logs(settings)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(main())
 
@@ -118,25 +139,6 @@ def _loop_factory() -> Any:
     return uvloop.new_event_loop
 
 
-def configure_logging(level: str) -> None:
-    """Log lines of JSON to standard error, or readable ones to a terminal."""
-    import sys
-
-    renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -147,46 +149,75 @@ class _Parts:
     hub: Hub
     runtime: LocalRuntime
     reconciler: Reconciler
+    guard: Guard
+    authenticator: Authenticator
     source: Any
 
 
-async def _build(settings: Settings, folder: _Folder, stack: AsyncExitStack, key: AdminKey | None) -> _Parts:
+async def _build(
+    settings: Settings, folder: DataFolder, stack: AsyncExitStack, key: AdminKey | None, seen: Seen
+) -> _Parts:
     bus = MemoryBus()
     await bus.start(stack)
-    live = Live(bus)
-    store = SqliteStore(
-        None if settings.memory else settings.data / "carrel.db", durability=settings.durability, on_commit=live.stored
-    )
+    live = Live(bus, seen.observer)
+    store = seen.measured(open_store(settings, on_commit=live.stored))
     await store.start(stack)
+    await seen.follow(store, stack)
+    authenticator = await authenticator_of(settings, store, key, stack)
     source, client = await _upstream(settings, folder, stack)
-    gateway = ModelGateway(store, Meter(store, Prices.shipped()), source, client)
+    allowances = Allowances(**dict(settings.budgets))
+    meter = Meter(
+        store,
+        Prices.load(settings.prices_file),
+        allowances=allowances,
+        poke=lambda session_id: scheduler.poke(session_id),
+    )
+    await meter.settle_stale(utc_now())
+    gateway = ModelGateway(store, meter, source, client)
     stack.push_async_callback(gateway.close)
-    await _serve_unix(gateway.app(), folder.sandbox_side / "gateway.sock", stack, everyone=True)
+    await serve_unix(seen.model_requests(gateway.app()), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
-    runtime = LocalRuntime(_runtime_options(settings, folder))
+    direct = direct_environment(settings)
+    runtime = LocalRuntime(_runtime_options(settings, folder, direct))
     await runtime.start(stack)
     own_users = os.geteuid() == 0 and isolation is Isolation.BUBBLEWRAP
-    folders = Folders(settings.data / "sessions", first_uid=settings.first_sandbox_uid if own_users else None)
+    folders = Folders(
+        settings.data / "sessions",
+        users=settings.users.base_dir or settings.data / "users",
+        first_uid=settings.first_sandbox_uid if own_users else None,
+        make_user_directories=settings.users.auto_create_dir,
+    )
     scheduler: Scheduler
-    hub = Hub(store, live, lambda session_id: scheduler.poke(session_id))
+    hub = Hub(store, live, lambda session_id: scheduler.poke(session_id), seen.observer)
+    admission = Admission(
+        store,
+        lambda session_id: scheduler.poke(session_id),
+        max_concurrent_turns=settings.limits.max_concurrent_turns,
+    )
+    live.observers.append(admission.heard)
     owner = Owner(
         store,
         runtime,
         folders,
         hub,
-        check_model=source.headers,
+        admission,
+        check_model=source.headers if direct is None else lambda: check_direct(direct),
         run_blocking=asyncio.to_thread,
         options=OwnerOptions(
             idle_timeout_seconds=settings.idle_timeout_seconds,
             launch_timeout_seconds=settings.launch_timeout_seconds,
             reconnect_window_seconds=settings.reconnect_window_seconds,
             default_model=settings.anthropic_model,
+            mcp_servers=settings.mcp_servers,
+            allowances=allowances,
         ),
+        memory=_memory(settings.limits),
     )
     scheduler = Scheduler(owner.step)
     await scheduler.start(stack)
-    await _serve_link(hub, folder.link_socket, settings.max_frame_bytes, stack)
-    streams = Streams(store, bus, live, buffer_bytes=settings.stream_buffer_bytes)
+    await admission.start(stack)
+    await serve_link(hub, folder.link_socket, settings.max_frame_bytes, stack)
+    streams = Streams(store, bus, live, buffer_bytes=settings.stream_buffer_bytes, observer=seen.observer)
     service = SessionService(
         store,
         streams,
@@ -194,12 +225,22 @@ async def _build(settings: Settings, folder: _Folder, stack: AsyncExitStack, key
         scheduler,
         hub,
         folders,
+        admission,
         run_blocking=asyncio.to_thread,
         options=ServiceOptions(
             max_queued_turns=settings.max_queued_turns,
+            max_waiting_turns=settings.limits.max_waiting_turns,
+            max_sessions=settings.limits.max_sessions,
+            max_sessions_per_user=settings.limits.max_sessions_per_user,
+            metered=direct is None,
             allow_bypass=runtime.isolated or settings.allow_bypass_without_isolation,
+            defaults=SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"})),
+            default_ttl_seconds=settings.defaults.ttl_seconds or None,
+            trace=seen.trace,
         ),
     )
+
+    guard = Guard(store, runtime, hub, owner, scheduler)
 
     async def ready() -> dict[str, Any]:
         await store.read(lambda tx: tx.sessions.get(""))
@@ -208,16 +249,21 @@ async def _build(settings: Settings, folder: _Folder, stack: AsyncExitStack, key
     services = Services(
         store=store,
         sessions=service,
-        admin_key=key,
+        authenticator=authenticator if settings.auth != "none" else None,
+        spending=Spending(store, allowances),
+        history=History(store),
         ready=ready,
         models=gateway.offered,
         max_file_bytes=settings.max_file_bytes,
         heartbeat_seconds=settings.heartbeat_seconds,
+        edges=await build_edges(
+            settings, store, seen, stack, links=lambda: len(hub), memory=lambda: _memory_seen(guard, owner.memory)
+        ),
     )
-    return _Parts(services, owner, hub, runtime, Reconciler(store, runtime, scheduler), source)
+    return _Parts(services, owner, hub, runtime, Reconciler(store, runtime, scheduler), guard, authenticator, source)
 
 
-def _runtime_options(settings: Settings, folder: _Folder) -> LocalRuntimeOptions:
+def _runtime_options(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | None) -> LocalRuntimeOptions:
     return LocalRuntimeOptions(
         folder=settings.data / "sandboxes",
         link_socket=folder.link_socket,
@@ -226,11 +272,34 @@ def _runtime_options(settings: Settings, folder: _Folder) -> LocalRuntimeOptions
         isolation=settings.isolation,
         network=settings.network,
         read_only_paths=tuple(settings.read_only_paths),
+        plugins=tuple(Path(plugin.path) for plugin in settings.plugins),
+        model_env=direct,
         reconnect_window_seconds=settings.reconnect_window_seconds,
         max_frame_bytes=settings.max_frame_bytes,
         outbox_memory_bytes=settings.outbox_memory_bytes,
         outbox_disk_bytes=settings.outbox_disk_bytes,
+        disk_reserve_bytes=settings.limits.disk_reserve_mb * 2**20,
+        caps=_caps(settings.limits),
+        caps_by=settings.limits.sandbox_caps,
     )
+
+
+def _memory_seen(guard: Guard, memory: Memory) -> dict[str, int]:
+    """Bytes of sandboxes as last measured, for the metrics."""
+    looked = guard.latest()
+    largest = max((each.memory_bytes for each in looked.sandboxes.values()), default=0)
+    limit = {} if memory.limit_bytes is None else {"limit": memory.limit_bytes}
+    return {"used": looked.memory_bytes, "largest": largest, **limit}
+
+
+def _memory(limits: Limits) -> Memory:
+    most = None if limits.memory_mb is None else limits.memory_mb * 2**20
+    return Memory(most, wait_seconds=limits.memory_wait_seconds)
+
+
+def _caps(limits: Limits) -> Caps:
+    memory = None if limits.sandbox_memory_mb is None else limits.sandbox_memory_mb * 2**20
+    return Caps(memory_bytes=memory, processes=limits.sandbox_processes, cpus=limits.sandbox_cpus)
 
 
 def bundled_cli() -> Path:
@@ -248,7 +317,7 @@ def bundled_cli() -> Path:
     return path
 
 
-async def _upstream(settings: Settings, folder: _Folder, stack: AsyncExitStack) -> tuple[Any, httpx.AsyncClient]:
+async def _upstream(settings: Settings, folder: DataFolder, stack: AsyncExitStack) -> tuple[Any, httpx.AsyncClient]:
     """The credential, and a client whose base is the model's API."""
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
     chosen = settings.model_upstream
@@ -259,7 +328,7 @@ async def _upstream(settings: Settings, folder: _Folder, stack: AsyncExitStack) 
         except (scripted.ScriptError, OSError) as error:
             raise InvalidSettings(f"model_upstream: {error}") from error
         socket_path = folder.private / "scripted.sock"
-        await _serve_unix(scripted.create_app(script), socket_path, stack)
+        await serve_unix(scripted.create_app(script), socket_path, stack)
         transport = httpx.AsyncHTTPTransport(uds=str(socket_path), limits=limits)
         client = httpx.AsyncClient(base_url="http://scripted", transport=transport, timeout=_UPSTREAM_TIMEOUT)
         source: Any = credentials.NotNeeded()
@@ -281,172 +350,6 @@ def _secret(value: Any) -> str | None:
     return value.get_secret_value() if value is not None else None
 
 
-# --------------------------------------------------------------------------------------------------------- listening
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Any:
-        """Signals are ours."""
-        yield
-
-
-async def _start(config: uvicorn.Config, stack: AsyncExitStack, sockets: list[socket.socket] | None) -> _Server:
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=sockets), name="http")
-
-    async def close() -> None:
-        server.should_exit = True
-        await task
-
-    stack.push_async_callback(close)
-    while not server.started:
-        if task.done():
-            task.result()
-            raise OperatorError("The server ended while it was starting.")
-        await asyncio.sleep(0.005)
-    return server
-
-
-async def _listen(settings: Settings, app: Any, stack: AsyncExitStack) -> _Server:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    stack.callback(listener.close)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        raise OperatorError(
-            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another --port."
-        ) from error
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="websockets-sansio",
-        ws_max_size=settings.max_frame_bytes,
-        timeout_graceful_shutdown=3,
-        server_header=False,
-    )
-    return await _start(config, stack, [listener])
-
-
-async def _serve_unix(app: Any, path: Path, stack: AsyncExitStack, *, everyone: bool = False) -> None:
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    stack.callback(listener.close)
-    listener.bind(str(path))
-    path.chmod(0o666 if everyone else 0o600)
-    stack.callback(path.unlink, missing_ok=True)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=1,
-        server_header=False,
-    )
-    await _start(config, stack, [listener])
-
-
-class _WebSocketLink(LinkConnection):
-    def __init__(self, connection: ws.ServerConnection) -> None:
-        self._connection = connection
-
-    async def receive(self) -> bytes | None:
-        """The next message."""
-        try:
-            message = await self._connection.recv(decode=False)
-        except ConnectionClosed:
-            return None
-        return bytes(message)
-
-    async def send(self, data: bytes) -> None:
-        """Send a message."""
-        with contextlib.suppress(ConnectionClosed):
-            await self._connection.send(data)
-
-    async def close(self) -> None:
-        """End the connection."""
-        await self._connection.close()
-
-
-async def _serve_link(hub: Hub, path: Path, max_frame_bytes: int, stack: AsyncExitStack) -> None:
-    path.unlink(missing_ok=True)
-
-    async def handle(connection: ws.ServerConnection) -> None:
-        await hub.serve(_WebSocketLink(connection))
-
-    server = await ws.unix_serve(
-        handle, str(path), max_size=max_frame_bytes * 2, compression=None, ping_interval=20, ping_timeout=60
-    )
-    path.chmod(0o600)
-
-    async def close() -> None:
-        server.close()
-        await server.wait_closed()
-        path.unlink(missing_ok=True)
-
-    stack.push_async_callback(close)
-
-
-# ------------------------------------------------------------------------------------------------------ data folder
-
-
-class _Folder:
-    """The data folder: locked, private, with the sockets' folders beside it or, where its path is too long, in /tmp."""
-
-    def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
-        self._data = settings.data
-        self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(self._data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataFolderInUse(operator_detail=str(self._data)) from error
-        run = self._data / "run"
-        if len(str(run)) + len("/sandbox/gateway.sock") > _LONGEST_SOCKET_PATH:
-            run = _short_folder(self._data)
-            stack.callback(_remove_if_empty, run)
-        self.private = run
-        self.sandbox_side = run / "sandbox"
-        self.link_socket = run / "link.sock"
-        run.mkdir(mode=0o700, exist_ok=True)
-        self.sandbox_side.mkdir(mode=0o755, exist_ok=True)
-
-    def announce(self, url: str, stack: AsyncExitStack) -> None:
-        """Let the command line find this server."""
-        path = self._data / "server.json"
-        path.write_text(json.dumps({"url": url, "pid": os.getpid(), "version": __version__}))
-        stack.callback(path.unlink, missing_ok=True)
-
-
-def _short_folder(data: Path) -> Path:
-    """A folder of ours with a short name that follows from the data folder's: a restarted server finds its runners."""
-    digest = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir(), f"carrel-{os.geteuid()}-{digest}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise OperatorError(f"{folder} is not a private folder of ours; remove it.")
-    return folder
-
-
-def _remove_if_empty(run: Path) -> None:
-    with contextlib.suppress(OSError):
-        (run / "sandbox").rmdir()
-        run.rmdir()
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
 def _say(settings: Settings, url: str, key: AdminKey | None, source: Any) -> None:
     log.info("server.started", url=url, data=str(settings.data), model=settings.model_upstream)
     if key is not None and key.new:
@@ -461,7 +364,13 @@ def _say(settings: Settings, url: str, key: AdminKey | None, source: Any) -> Non
             isolation=settings.isolation,
             why="sessions can see each other, and reach whatever this host can",
         )
-    if isinstance(source, credentials.NoCredential):
+    if settings.credentials == "direct":
+        log.warning(
+            "server.credentials_direct",
+            why="every sandbox holds the model's credential: its agent can read it, use it elsewhere, and nothing of "
+            "that is metered",
+        )
+    elif isinstance(source, credentials.NoCredential):
         from carrel.errors import MissingCredential
 
         log.warning("server.no_credential", message=MissingCredential().message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from carrel.cli.context import context_of
-from carrel.cli.output import clean, print_json, print_table, when
+from carrel.cli.output import budget_words, clean, print_json, print_table, when
 from carrel.client import Session
 from carrel.model import SessionStatus
 
@@ -30,12 +31,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 def list_sessions(
     context: typer.Context,
     status: Annotated[SessionStatus | None, typer.Option(help="Only those with this status.")] = None,
+    search: Annotated[str | None, typer.Option(help="Only those with this in their title or conversation.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List sessions, newest first."""
     with context_of(context).connect() as carrel:
-        pages = carrel.sessions.list(status=status, page_size=min(limit, _LARGEST_PAGE))
+        pages = carrel.sessions.list(status=status, q=search, page_size=min(limit, _LARGEST_PAGE))
         found = list(islice(pages, limit))
     if as_json:
         print_json(found)
@@ -82,11 +84,44 @@ def _facts(session: Session) -> list[tuple[str, str]]:
         ("error", session.error.message if session.error else None),
         ("turns", session.turn_count),
         ("cost", _cost(session.cost_usd)),
+        ("budget", budget_words(session.budget) if session.budget is not None else None),
         ("created", when(session.created_at)),
         ("last active", when(session.last_active_at)),
         ("forked from", session.forked_from),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+@app.command("messages")
+def show_messages(
+    context: typer.Context,
+    session_id: SessionId,
+    search: Annotated[str | None, typer.Option(help="Only those in which this was said.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a session's conversation: what was said, which tools were called, what they answered."""
+    with context_of(context).connect() as carrel:
+        messages = carrel.sessions.messages(session_id, q=search)
+        if as_json:
+            print_json(list(messages))
+            return
+        for message in messages:
+            who = f"{message.role} (sub-agent)" if message.parent_tool_use_id else message.role
+            sys.stdout.write(f"── {who}, {when(message.at)}\n")
+            for block in message.content:
+                sys.stdout.write(f"{clean(_words(block))}\n")
+
+
+def _words(block: dict[str, Any]) -> str:
+    match block.get("type"):
+        case "text":
+            return str(block.get("text", ""))
+        case "tool_use":
+            return f"[{block.get('name')} {json.dumps(block.get('input'), ensure_ascii=False)}]"
+        case "tool_result":
+            content = block.get("content")
+            return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return f"[{block.get('type')}]"
 
 
 @app.command("stop")

@@ -11,18 +11,37 @@ What the server refuses is raised as the class of `carrel.errors` that the serve
 
 from carrel.client.asynchronous import AsyncCarrel
 from carrel.client.blocking import Carrel
-from carrel.client.types import Delta, Event, FileEntry, Frame, Session, Turn
+from carrel.client.types import (
+    ApiKey,
+    BudgetState,
+    Delta,
+    Event,
+    FileEntry,
+    Frame,
+    Message,
+    Session,
+    Turn,
+    UsageReport,
+    UsageRow,
+    User,
+)
 from carrel.protocol.results import ToolCall, TurnResult
 
 __all__ = [
+    "ApiKey",
     "AsyncCarrel",
+    "BudgetState",
     "Carrel",
     "Delta",
     "Event",
     "FileEntry",
     "Frame",
+    "Message",
     "Session",
     "ToolCall",
     "Turn",
     "TurnResult",
+    "UsageReport",
+    "UsageRow",
+    "User",
 ]

@@ -16,14 +16,14 @@ from carrel.client.connection import Connection
 from carrel.client.responses import error_of, unreachable
 from carrel.client.results import result_of_events
 from carrel.client.streams import FollowEvents, FollowQuery, FollowTurn, Stream
-from carrel.client.types import Event, FileEntry, Frame, Session, Turn
+from carrel.client.types import ApiKey, BudgetState, Event, FileEntry, Frame, Message, Session, Turn, UsageReport, User
 from carrel.errors import CarrelError
 from carrel.protocol.results import TurnResult
 
 __all__ = ["AsyncCarrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message)
 
 
 class AsyncCarrel:
@@ -62,6 +62,9 @@ class AsyncCarrel:
         self.turns = AsyncTurns(wire)
         self.events = AsyncEvents(wire)
         self.files = AsyncFiles(wire)
+        self.keys = AsyncKeys(wire)
+        self.users = AsyncUsers(wire)
+        self.usage = AsyncSpending(wire)
 
     async def query(self, prompt: str | None = None, **options: Any) -> TurnResult:
         """Run a one-off prompt in a session that is gone after it. `options` are a session's and a turn's."""
@@ -73,6 +76,14 @@ class AsyncCarrel:
     ) -> AsyncGenerator[Frame, None]:
         """As `query`, and yield its events and deltas. A connection that breaks cannot be taken up again."""
         return self._wire.frames(FollowQuery(self._wire.base_url, prompt, options, deltas=deltas))
+
+    def audit(self, *, as_csv: bool = False, **filters: str | None) -> AsyncGenerator[bytes, None]:
+        """The audit log, newest first, in chunks that end anywhere: lines of JSON, or `as_csv`. For admins.
+
+        `filters`: user, principal, action, object_id, since, until (ISO 8601, with a zone).
+        """
+        media_type = "text/csv" if as_csv else "application/x-ndjson"
+        return self._wire.chunks(calls.export_audit(filters, media_type))
 
     async def health(self) -> dict[str, Any]:
         """What the server says of itself; needs no key."""
@@ -164,9 +175,34 @@ class AsyncSessions:
         """The session as it is now."""
         return await self._wire.send(calls.get_session(session_id))
 
-    def list(self, *, status: str | None = None, page_size: int | None = None) -> AsyncIterator[Session]:
-        """Every session of the caller, newest first."""
-        return self._wire.items(calls.list_sessions(status, page_size))
+    def list(
+        self, *, status: str | None = None, q: str | None = None, page_size: int | None = None
+    ) -> AsyncIterator[Session]:
+        """Every session of the caller, newest first; with `q`, those that have this in their title or conversation."""
+        return self._wire.items(calls.list_sessions(status, q, page_size))
+
+    def messages(
+        self,
+        session_id: str,
+        *,
+        after: int = 0,
+        turn_id: str | None = None,
+        thinking: bool = False,
+        q: str | None = None,
+        page_size: int | None = None,
+    ) -> AsyncIterator[Message]:
+        """The conversation as whole messages, in order: prompts, answers with their calls, and the tools' results.
+
+        Args:
+            session_id: the session.
+            after: only messages that began after the event of this number.
+            turn_id: only those of this turn.
+            thinking: with what the agent thought.
+            q: only those in which this was said, in any case of letters.
+            page_size: how many are asked for at a time.
+        """
+        options = {"after": after or None, "turn_id": turn_id, "thinking": thinking, "q": q, "limit": page_size}
+        return self._wire.items(calls.list_messages(session_id, options))
 
     async def update(self, session_id: str, **changes: Any) -> Session:
         """Change what is given; None goes back to the default."""
@@ -292,3 +328,69 @@ class AsyncFiles:
     async def delete(self, session_id: str, path: str) -> None:
         """Delete a file, or a folder with all that is in it."""
         await self._wire.send(calls.delete_file(session_id, path))
+
+
+class AsyncKeys:
+    """API keys: your own, and as an admin everybody's."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def create(self, *, idempotency_key: str | None = None, **options: Any) -> ApiKey:
+        """Make a key. `options` are the body of `POST /keys`: user, name, scopes, expires_in_seconds."""
+        return await self._wire.send(calls.create_key(options, idempotency_key))
+
+    async def get(self, key_id: str) -> ApiKey:
+        """The key as it is now, without its secret."""
+        return await self._wire.send(calls.get_key(key_id))
+
+    def list(self, *, user: str | None = None, page_size: int | None = None) -> AsyncIterator[ApiKey]:
+        """Every key, newest first."""
+        return self._wire.items(calls.list_keys(user, page_size))
+
+    async def revoke(self, key_id: str) -> None:
+        """Have the key open nothing any more."""
+        await self._wire.send(calls.revoke_key(key_id))
+
+
+class AsyncUsers:
+    """Users, for admins."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def create(self, user_id: str, **options: Any) -> User:
+        """Make a user. `options` are the rest of the body of `POST /users`: budget, daily_budget, max_sessions."""
+        return await self._wire.send(calls.create_user(user_id, options))
+
+    async def get(self, user_id: str) -> User:
+        """The user as it is now."""
+        return await self._wire.send(calls.get_user(user_id))
+
+    def list(self, *, page_size: int | None = None) -> AsyncIterator[User]:
+        """Every user, by id."""
+        return self._wire.items(calls.list_users(page_size))
+
+    async def update(self, user_id: str, **changes: Any) -> User:
+        """Change what is given; None goes back to what the server's settings say. `disabled=True` locks out."""
+        return await self._wire.send(calls.update_user(user_id, changes))
+
+
+class AsyncSpending:
+    """What was spent, and what is left."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def get(self, group_by: Sequence[str] = (), **options: Any) -> UsageReport:
+        """Sums of usage: the caller's own, an administrator's everybody's.
+
+        Args:
+            group_by: any of user, session, turn, model and day, in the order of the rows.
+            options: user, session_id, turn_id, model; since and until (days or times); limit and cursor.
+        """
+        return await self._wire.send(calls.get_usage(group_by, options))
+
+    async def budgets(self, *, user: str | None = None, session_id: str | None = None) -> Sequence[BudgetState]:
+        """What is left of the budgets of a user (by default the caller), and of a session and its turn at work."""
+        return await self._wire.send(calls.get_budgets(user, session_id))

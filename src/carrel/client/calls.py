@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from carrel.client.responses import EXTRA, model_of, nothing, object_of
-from carrel.client.types import FileEntry, Page, Session, Turn
+from carrel.client.types import (
+    ApiKey,
+    BudgetState,
+    BudgetStates,
+    FileEntry,
+    Message,
+    Page,
+    Session,
+    Turn,
+    UsageReport,
+    User,
+)
 from carrel.protocol.results import TurnResult
 
 __all__ = ["Call", "Listing"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message)
 
 API = "/api/v1"
 EVENT_STREAM = "text/event-stream"
@@ -95,8 +107,12 @@ def get_session(session_id: str) -> Call[Session]:
     return Call("GET", _session(session_id), model_of(Session))
 
 
-def list_sessions(status: str | None, page_size: int | None) -> Listing[Session]:
-    return Listing(f"{API}/sessions", Session, {"status": status, "limit": page_size})
+def list_sessions(status: str | None, text: str | None, page_size: int | None) -> Listing[Session]:
+    return Listing(f"{API}/sessions", Session, {"status": status, "q": text, "limit": page_size})
+
+
+def list_messages(session_id: str, options: Mapping[str, Any]) -> Listing[Message]:
+    return Listing(_session(session_id, "messages"), Message, options)
 
 
 def update_session(session_id: str, changes: Mapping[str, Any]) -> Call[Session]:
@@ -128,6 +144,10 @@ def fork_session(session_id: str, turn_id: str | None, idempotency_key: str | No
 
 def export_session(session_id: str) -> Call[None]:
     return Call("GET", _session(session_id, "export"), nothing, timeout=_NO_LIMIT)
+
+
+def export_audit(filters: Mapping[str, Any], media_type: str) -> Call[None]:
+    return Call("GET", f"{API}/audit", nothing, params=filters, headers={"Accept": media_type}, timeout=_NO_LIMIT)
 
 
 # ------------------------------------------------------------------------------------------------------------ turns
@@ -208,6 +228,59 @@ def write_file(session_id: str, path: str, content: bytes) -> Call[FileEntry]:
 
 def delete_file(session_id: str, path: str) -> Call[None]:
     return Call("DELETE", _file(session_id, path), nothing)
+
+
+# --------------------------------------------------------------------------------------------------- users and keys
+
+
+def create_key(options: Mapping[str, Any], idempotency_key: str | None) -> Call[ApiKey]:
+    return Call("POST", f"{API}/keys", model_of(ApiKey), json=dict(options), headers=_key(idempotency_key))
+
+
+def get_key(key_id: str) -> Call[ApiKey]:
+    return Call("GET", f"{API}/keys/{_part(key_id)}", model_of(ApiKey))
+
+
+def list_keys(user: str | None, page_size: int | None) -> Listing[ApiKey]:
+    return Listing(f"{API}/keys", ApiKey, {"user": user, "limit": page_size})
+
+
+def revoke_key(key_id: str) -> Call[None]:
+    return Call("DELETE", f"{API}/keys/{_part(key_id)}", nothing)
+
+
+def create_user(user_id: str, options: Mapping[str, Any]) -> Call[User]:
+    return Call("POST", f"{API}/users", model_of(User), json={"id": user_id, **options})
+
+
+def get_user(user_id: str) -> Call[User]:
+    return Call("GET", f"{API}/users/{_part(user_id)}", model_of(User))
+
+
+def list_users(page_size: int | None) -> Listing[User]:
+    return Listing(f"{API}/users", User, {"limit": page_size})
+
+
+def update_user(user_id: str, changes: Mapping[str, Any]) -> Call[User]:
+    return Call("PATCH", f"{API}/users/{_part(user_id)}", model_of(User), json=dict(changes))
+
+
+# ------------------------------------------------------------------------------------------------ usage and budgets
+
+
+def get_usage(group_by: Sequence[str], options: Mapping[str, Any]) -> Call[UsageReport]:
+    params = {"group_by": ",".join(group_by) or None, **{name: _moment(value) for name, value in options.items()}}
+    return Call("GET", f"{API}/usage", model_of(UsageReport), params=params)
+
+
+def get_budgets(user: str | None, session_id: str | None) -> Call[list[BudgetState]]:
+    read = model_of(BudgetStates)
+    params = {"user": user, "session_id": session_id}
+    return Call("GET", f"{API}/usage/budgets", lambda response: read(response).data, params=params)
+
+
+def _moment(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def health() -> Call[dict[str, Any]]:

@@ -6,12 +6,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from carrel.model import Failure, TurnStatus, Usage
+from carrel.model import Budget, Failure, TurnStatus, Usage
 from carrel.protocol.events import EVENT_TYPES, EventData
 
-__all__ = ["Delta", "Event", "FileEntry", "Frame", "Page", "Session", "Turn"]
+__all__ = [
+    "ApiKey",
+    "BudgetState",
+    "BudgetStates",
+    "Delta",
+    "Event",
+    "FileEntry",
+    "Frame",
+    "Message",
+    "Page",
+    "Session",
+    "Turn",
+    "UsageReport",
+    "UsageRow",
+    "User",
+]
 
 
 class _Told(BaseModel):
@@ -32,6 +47,7 @@ class Session(_Told):
     last_seq: int = 0
     cost_usd: float | None = None
     usage: Usage = Usage()
+    budget: Budget | None = None
     metadata: dict[str, Any] = {}
     forked_from: str | None = None
     error: Failure | None = None
@@ -65,6 +81,94 @@ class FileEntry(_Told):
     size: int
     modified_at: datetime
     mode: int | str | None = None
+
+
+class ApiKey(_Told):
+    """A key of a user's."""
+
+    id: str
+    user_id: str
+    name: str | None = None
+    prefix: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    key: str | None = Field(default=None, repr=False)
+    """The key itself, in the answer to its making alone."""
+
+
+class User(_Told):
+    """Somebody sessions belong to."""
+
+    id: str
+    disabled: bool = False
+    budget: Budget | None = None
+    daily_budget: Budget | None = None
+    max_sessions: int | None = None
+    created_at: datetime
+
+
+class Message(_Told):
+    """What somebody said in a session, with all that belongs to it."""
+
+    id: str
+    seq: int
+    turn_id: str | None = None
+    role: str
+    at: datetime
+    content: list[dict[str, Any]]
+    """Blocks in the shape of the Messages API."""
+    model: str | None = None
+    parent_tool_use_id: str | None = None
+    complete: bool = True
+    """False while more may be added to it."""
+
+
+class UsageRow(_Told):
+    """What a group of model requests took; the names it is grouped by are among its attributes."""
+
+    user: str | None = None
+    session: str | None = None
+    turn: str | None = None
+    model: str | None = None
+    day: str | None = None
+    requests: int
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cost_usd: float | None = None
+
+
+class UsageReport(_Told):
+    """Sums of usage, by group, and of all of them."""
+
+    data: list[UsageRow]
+    total: UsageRow
+    next_cursor: str | None = None
+
+
+class BudgetState(_Told):
+    """A budget, and what is left of it; None where there is no limit."""
+
+    kind: str
+    id: str
+    budget: Budget
+    spent_usd: float = 0.0
+    spent_tokens: int = 0
+    reserved_usd: float = 0.0
+    reserved_tokens: int = 0
+    left_usd: float | None = None
+    left_tokens: int | None = None
+    resets_at: datetime | None = None
+
+
+class BudgetStates(_Told):
+    """Every budget that holds."""
+
+    data: list[BudgetState]
 
 
 class Page(_Told):

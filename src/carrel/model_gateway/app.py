@@ -21,9 +21,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from carrel import abc
-from carrel.errors import CarrelError, UpstreamUnreachable
+from carrel.errors import CarrelError, SessionNotFound, StoreUnavailable, TurnFailure, UpstreamUnreachable
 from carrel.model import Sandbox
-from carrel.model_gateway.meter import Meter, Reading
+from carrel.model_gateway.bounds import ModelRequest
+from carrel.model_gateway.meter import Grant, Meter, Reading
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,9 @@ _SHORTEST_SECRET = 8
 _LAST_EVENT = b"event: message_stop"
 _API_VERSION = "2023-06-01"
 _MAX_BODY_BYTES = 64 * 1024 * 1024
+_LATE_SECONDS = 10.0
+_QUICK_BODY_BYTES = 256 * 1024
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
 
 class ModelGateway:
@@ -88,7 +92,58 @@ class ModelGateway:
     # to write one.
 
     async def _messages(self, request: Request) -> Response:
-        return await self._forward(request, "/v1/messages", metered=True)
+        """A request that costs: what it may come to is reserved before it is sent, and settled after it."""
+        taken = await self._take(request)
+        if isinstance(taken, Response):
+            return taken
+        sandbox, credential, body = taken
+        asked = await _read(body)
+        if asked is None:
+            return _problem(400, "invalid_request_error", "This is no request that a model could answer.")
+        try:
+            given = await self._meter.reserve(sandbox, asked, request.is_disconnected)
+        except TurnFailure as error:
+            # A client that asked again would be refused again; this header is how it is told.
+            return _problem(402, "billing_error", error.message, headers={"x-should-retry": "false"})
+        except SessionNotFound:
+            return _unknown_token()
+        except StoreUnavailable as error:
+            return _away(error)
+        if given is None:
+            return Response(status_code=499)
+        if not given.whole:
+            body = await asyncio.to_thread(asked.with_max_tokens, given.max_tokens)
+        try:
+            answer = await self._client.send(self._upstream(request, "/v1/messages", credential, body), stream=True)
+        except _NEVER_SENT as error:
+            await self._meter.release(given)
+            return _unreachable(error)
+        except httpx.HTTPError as error:
+            await self._meter.settle(given, Reading())
+            return _unreachable(error)
+        except BaseException:
+            self._settle_late(Reading(), given)
+            raise
+        return await self._answer(answer, given, _secrets(credential))
+
+    async def _answer(self, answer: httpx.Response, given: Grant, secrets: list[bytes]) -> Response:
+        headers = _passed_back(answer, secrets)
+        if answer.status_code != 200:
+            # Errors are not charged for.
+            await self._meter.release(given)
+            return await _whole(answer, headers, secrets)
+        if "text/event-stream" in answer.headers.get("content-type", ""):
+            return StreamingResponse(self._stream(answer, given), headers=headers)
+        reading = Reading()
+        try:
+            response = await _whole(answer, headers, secrets)
+            if response.status_code == 200:
+                reading.take_whole(bytes(response.body))
+        except BaseException:
+            self._settle_late(reading, given)
+            raise
+        await self._meter.settle(given, reading)
+        return response
 
     async def _count_tokens(self, request: Request) -> Response:
         return await self._forward(request, "/v1/messages/count_tokens")
@@ -102,10 +157,26 @@ class ModelGateway:
             return await _nothing_here(request)
         return await self._forward(request, f"/v1/models/{model}")
 
-    async def _forward(self, request: Request, path: str, *, metered: bool = False) -> Response:
-        sandbox = await self._sandbox(request)
+    async def _forward(self, request: Request, path: str) -> Response:
+        taken = await self._take(request)
+        if isinstance(taken, Response):
+            return taken
+        _, credential, body = taken
+        try:
+            answer = await self._client.send(self._upstream(request, path, credential, body), stream=True)
+        except httpx.HTTPError as error:
+            return _unreachable(error)
+        secrets = _secrets(credential)
+        return await _whole(answer, _passed_back(answer, secrets), secrets)
+
+    async def _take(self, request: Request) -> tuple[Sandbox, Mapping[str, str], bytes] | Response:
+        """Who asks, the credential that is to be used, and the body; or what the asker is refused with."""
+        try:
+            sandbox = await self._sandbox(request)
+        except StoreUnavailable as error:
+            return _away(error)
         if sandbox is None:
-            return _problem(401, "authentication_error", "This gateway wants the token of a running sandbox.")
+            return _unknown_token()
         try:
             credential = self._credentials.headers()
         except CarrelError as error:
@@ -116,35 +187,18 @@ class ModelGateway:
             return Response(status_code=499)
         if body is None:
             return _problem(413, "request_too_large", "The request is larger than the gateway passes on.")
-        upstream = self._client.build_request(
+        return sandbox, credential, body
+
+    def _upstream(self, request: Request, path: str, credential: Mapping[str, str], body: bytes) -> httpx.Request:
+        return self._client.build_request(
             request.method,
             path,
             params=request.scope["query_string"] or None,
             headers=_headers(request, credential),
             content=body,
         )
-        try:
-            answer = await self._client.send(upstream, stream=True)
-        except httpx.HTTPError as error:
-            log.warning("model.unreachable", error=repr(error))
-            return _problem(502, "api_error", "The model's API cannot be reached.")
-        secrets = _secrets(credential)
-        passed_back = {
-            name: _hide(value.encode(), secrets).decode()
-            for name, value in answer.headers.items()
-            if name.lower() not in _NOT_PASSED_BACK
-        }
-        if not metered or answer.status_code != 200:
-            return await _whole(answer, passed_back, secrets)
-        if "text/event-stream" in answer.headers.get("content-type", ""):
-            return StreamingResponse(self._stream(answer, sandbox), headers=passed_back)
-        response = await _whole(answer, passed_back, secrets)
-        reading = Reading()
-        reading.take_whole(bytes(response.body))
-        await self._settle(reading, sandbox)
-        return response
 
-    async def _stream(self, answer: httpx.Response, sandbox: Sandbox) -> AsyncIterator[bytes]:
+    async def _stream(self, answer: httpx.Response, given: Grant) -> AsyncIterator[bytes]:
         reading = Reading()
         settled = False
         try:
@@ -153,28 +207,26 @@ class ModelGateway:
                 if reading.stopped and not settled:
                     # On record before the agent can know that the answer is whole, so that a turn's end never
                     # comes before its usage; what is said before the end need not wait for that.
-                    settled = True
                     head, end, tail = chunk.rpartition(_LAST_EVENT)
                     if head:
                         yield head
-                    await self._settle(reading, sandbox)
+                    # The agent may give up before a store that is away is back; what it took is recorded all the same.
+                    settled = True
+                    await asyncio.shield(self._settle_late(reading, given))
                     yield end + tail
                     continue
                 yield chunk
         finally:
             if not settled:
-                self._settle_late(reading, sandbox)
+                self._settle_late(reading, given)
             await answer.aclose()
 
-    async def _settle(self, reading: Reading, sandbox: Sandbox) -> None:
-        if reading.usage is not None:
-            await self._meter.record(sandbox.session_id, reading.model or "unknown", reading.usage)
-
-    def _settle_late(self, reading: Reading, sandbox: Sandbox) -> None:
+    def _settle_late(self, reading: Reading, given: Grant) -> asyncio.Task[None]:
         """An answer that broke off is charged what it had said by then; its request may be cancelled already."""
-        task = asyncio.create_task(self._settle(reading, sandbox), name="settle-usage")
+        task = asyncio.create_task(self._meter.settle(given, reading), name="settle-usage")
         self._late.add(task)
         task.add_done_callback(self._late.discard)
+        return task
 
     async def offered(self) -> list[dict[str, Any]]:
         """The models that the upstream offers.
@@ -193,8 +245,13 @@ class ModelGateway:
         return found
 
     async def close(self) -> None:
-        """Wait for what is still to be recorded."""
-        await asyncio.gather(*self._late, return_exceptions=True)
+        """Wait for what is still to be recorded; not for ever, for the store may be away."""
+        late = list(self._late)
+        if late:
+            _, over = await asyncio.wait(late, timeout=_LATE_SECONDS)
+            for task in over:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     async def _sandbox(self, request: Request) -> Sandbox | None:
         # Looked up each time: a token ends with its sandbox, and not a moment later.
@@ -260,8 +317,39 @@ async def _whole(answer: httpx.Response, headers: dict[str, str], secrets: list[
     return Response(_hide(body, secrets), status_code=answer.status_code, headers=headers)
 
 
-def _problem(status: int, kind: str, message: str) -> Response:
-    return JSONResponse({"type": "error", "error": {"type": kind, "message": message}}, status_code=status)
+def _passed_back(answer: httpx.Response, secrets: list[bytes]) -> dict[str, str]:
+    return {
+        name: _hide(value.encode(), secrets).decode()
+        for name, value in answer.headers.items()
+        if name.lower() not in _NOT_PASSED_BACK
+    }
+
+
+async def _read(body: bytes) -> ModelRequest | None:
+    if len(body) <= _QUICK_BODY_BYTES:
+        return ModelRequest.read(body)
+    return await asyncio.to_thread(ModelRequest.read, body)
+
+
+def _problem(status: int, kind: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    body = {"type": "error", "error": {"type": kind, "message": message}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _unknown_token() -> Response:
+    return _problem(401, "authentication_error", "This gateway wants the token of a running sandbox.")
+
+
+def _unreachable(error: httpx.HTTPError) -> Response:
+    log.warning("model.unreachable", error=repr(error))
+    return _problem(502, "api_error", "The model's API cannot be reached.")
+
+
+def _away(error: StoreUnavailable) -> Response:
+    """Overloaded, in the words of the Messages API: the agent asks again."""
+    answer = _problem(529, "overloaded_error", error.message)
+    answer.headers["retry-after"] = "1"
+    return answer
 
 
 async def _nothing_here(request: Request) -> Response:

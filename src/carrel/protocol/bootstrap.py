@@ -12,6 +12,10 @@ class Mount(Frozen):
 
     source: str
     target: str
+    within: str | None = Field(
+        default=None,
+        description="The last folder above the source that no agent can change; no link below is followed.",
+    )
 
 
 class Bootstrap(Frozen):
@@ -30,7 +34,9 @@ class Bootstrap(Frozen):
     workspace: str = Field(description="The same directory as the runner sees it.")
     home: str = Field(description="The agent's home as the runner sees it.")
     config_dir: str = Field(description="The agent's configuration directory as the agent sees it.")
-    agent_env: dict[str, str] = Field(description="The whole environment of the agent, its token aside.")
+    plugins: list[str] = Field(default=[], description="Folders of Claude Code's plugins as the agent sees them.")
+    direct: bool = Field(default=False, description="Whether the agent asks the model's provider itself.")
+    agent_env: dict[str, str] = Field(repr=False, description="The whole environment of the agent, its token aside.")
     late_env_path: str | None = Field(
         default=None,
         description="The file of NUL-ended arguments of bubblewrap to which variables of the session's are added, "
@@ -44,4 +50,5 @@ class Bootstrap(Frozen):
     max_frame_bytes: int = 64 * 1024 * 1024
     outbox_memory_bytes: int = 64 * 1024 * 1024
     outbox_disk_bytes: int = 1024 * 1024 * 1024
+    disk_reserve_bytes: int = Field(default=0, description="A disk with less room than this counts as full.")
     max_retries: int = Field(default=20, description="How often the agent repeats a failed model request.")

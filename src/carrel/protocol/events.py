@@ -86,6 +86,7 @@ class TurnQueued(EventData):
 
     number: int = Field(description="Counts the turns of the session from 1.")
     ahead: int = Field(description="How many turns of the session come before it.")
+    place: int = Field(default=0, description="How many turns come before it, of all sessions where they must wait.")
 
 
 @_event("turn.started")

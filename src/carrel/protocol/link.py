@@ -176,6 +176,9 @@ class Bind(Frozen):
     agent_session_id: str | None = Field(default=None, description="The conversation to take up.")
     reconcile: bool = Field(default=False, description="Send the transcript on disk: the last sandbox was lost.")
     resume_turn: str | None = Field(default=None, description="The interrupted turn that the agent is to go on with.")
+    trace: dict[str, str] = Field(
+        default={}, description="`traceparent` and `tracestate` that the agent is started with."
+    )
 
 
 class StartTurn(Frozen):

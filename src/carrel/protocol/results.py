@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from pydantic import Field
 
-from carrel.model import Failure, Frozen, StopReason, Turn, TurnStatus, Usage
+from carrel.model import Failure, Frozen, StopReason, Turn, TurnOrigin, TurnStatus, Usage
 from carrel.protocol.events import StoredEvent
 
 
@@ -36,6 +37,18 @@ class TurnResult(Frozen):
     cost_usd: float | None
     duration_ms: int | None
     num_turns: int
+
+
+class TurnDetail(TurnResult):
+    """A turn with what it has come to so far."""
+
+    number: int = Field(description="Counts the turns of the session from 1.")
+    origin: TurnOrigin
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    expires_at: datetime | None = Field(description="When the queue gives the turn up, if ever.")
+    deadline_at: datetime | None = Field(description="When a running turn is interrupted, if ever.")
 
 
 def result_of(turn: Turn, events: Iterable[StoredEvent]) -> TurnResult:

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from carrel.model import OnDisconnect, OnSandboxLost, PermissionMode, Workspace
+from carrel.model import Budget, OnDisconnect, OnSandboxLost, PermissionMode, Workspace
 
 MAX_PROMPT_CHARS = 10_000_000
 MAX_METADATA_BYTES = 65_536
@@ -35,18 +45,87 @@ _RESERVED_ENV = (
 )
 
 
+McpServer = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "stdio"},
+                        "command": {"type": "string"},
+                        "args": {"type": "array", "items": {"type": "string"}},
+                        "env": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                    "required": ["command"],
+                },
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"enum": ["sse", "http"]},
+                        "url": {"type": "string"},
+                        "headers": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                    "required": ["type", "url"],
+                },
+            ]
+        }
+    ),
+]
+
+
+class GivenBudget(Budget):
+    """What may be spent at most; null: no limit."""
+
+    model_config = ConfigDict(strict=True)  # in settings a number may be a text, in JSON it may not
+
+
+class _Agent(BaseModel):
+    """A sub-agent, in Claude Code's own words (`AgentDefinition` of the Agent SDK)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    description: str
+    prompt: str
+    tools: list[str] | None = None
+    disallowedTools: list[str] | None = None
+    model: str | None = None
+    skills: list[str] | None = None
+    memory: Literal["user", "project", "local"] | None = None
+    mcpServers: list[str | dict[str, Any]] | None = None
+    initialPrompt: str | None = None
+    maxTurns: int | None = None
+    background: bool | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | int | None = None
+    permissionMode: Literal["default", "acceptEdits", "plan", "bypassPermissions", "dontAsk", "auto"] | None = None
+
+
+AgentDefinition = Annotated[dict[str, Any], WithJsonSchema(_Agent.model_json_schema())]
+
+
 class Options(BaseModel):
     """Options that refuse what they do not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def _applies(when: Literal["live", "launch"], description: str, **constraints: Any) -> Any:
-    return Field(default=None, description=description, json_schema_extra={"x-applies": when}, **constraints)
+def _applies(
+    when: Literal["live", "launch"], description: str, schema: dict[str, Any] | None = None, **constraints: Any
+) -> Any:
+    """An option that takes effect at a certain time; `schema` says in JSON Schema what a validator below checks."""
+    extra = {"x-applies": when, **(schema or {})}
+    return Field(default=None, description=description, json_schema_extra=extra, **constraints)
+
+
+def _unless_both(*names: str) -> dict[str, Any]:
+    return {"not": {"required": list(names), "properties": {name: {"type": "string"} for name in names}}}
 
 
 class SessionSpec(Options):
     """How a session's agent is set up. Every field is optional and has Claude Code's own default."""
+
+    model_config = ConfigDict(json_schema_extra=_unless_both("system_prompt", "append_system_prompt"))
 
     system_prompt: NoNul | None = _applies("launch", "Replaces Claude Code's system prompt.", max_length=1_000_000)
     append_system_prompt: NoNul | None = _applies(
@@ -60,16 +139,32 @@ class SessionSpec(Options):
     tools: list[ToolRule] | None = _applies("launch", "The tools that exist for the agent; `[]` for none.")
     allowed_tools: list[ToolRule] | None = _applies("launch", "The tools it may use without asking.")
     disallowed_tools: list[ToolRule] | None = _applies("launch", "The tools it may not use.")
-    mcp_servers: dict[str, dict[str, Any]] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
-    agents: dict[str, dict[str, Any]] | None = _applies("launch", "Sub-agents by name.")
+    mcp_servers: dict[str, McpServer] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
+    agents: dict[str, AgentDefinition] | None = _applies("launch", "Sub-agents by name.")
     skills: list[str] | Literal["all"] | None = _applies("launch", "The skills to enable, or `all`.")
     setting_sources: list[Literal["user", "project", "local"]] | None = _applies(
         "launch", "Which settings files of the sandbox are read."
     )
     max_turns: int | None = _applies("launch", "Model requests a turn may make.", ge=1, le=100_000)
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = _applies("launch", "How hard the model tries.")
-    thinking: dict[str, Any] | None = _applies("launch", 'Such as `{"type": "adaptive"}`.')
-    output_format: dict[str, Any] | None = _applies("launch", '`{"type": "json_schema", "schema": {…}}`.')
+    thinking: dict[str, Any] | None = _applies(
+        "launch",
+        'Such as `{"type": "adaptive"}`.',
+        {
+            "required": ["type"],
+            "properties": {"type": {"enum": ["adaptive", "enabled", "disabled"]}},
+            "if": {"properties": {"type": {"const": "enabled"}}, "required": ["type"]},
+            "then": {"properties": {"budget_tokens": {"type": "integer"}}, "required": ["budget_tokens"]},
+        },
+    )
+    output_format: dict[str, Any] | None = _applies(
+        "launch",
+        '`{"type": "json_schema", "schema": {…}}`.',
+        {
+            "required": ["type", "schema"],
+            "properties": {"type": {"const": "json_schema"}, "schema": {"type": "object"}},
+        },
+    )
     env_vars: dict[EnvName, NoNul] | None = _applies("launch", "Variables for the agent's commands; never secrets.")
 
     @field_validator("env_vars")
@@ -95,7 +190,7 @@ class SessionSpec(Options):
         kind = value.get("type")
         if kind not in ("adaptive", "enabled", "disabled"):
             raise ValueError("type must be adaptive, enabled or disabled")
-        if kind == "enabled" and not isinstance(value.get("budget_tokens"), int):
+        if kind == "enabled" and type(value.get("budget_tokens")) is not int:
             raise ValueError("enabled needs budget_tokens, a whole number")
         return value
 
@@ -109,14 +204,25 @@ class SessionSpec(Options):
                 raise ValueError(f"{name}: type must be stdio, sse or http")
             if not isinstance(server.get(needed), str):
                 raise ValueError(f"{name}: a {kind} server needs {needed}")
+            args, env = server.get("args", []), server.get("env" if kind == "stdio" else "headers", {})
+            if kind == "stdio" and not (isinstance(args, list) and all(isinstance(item, str) for item in args)):
+                raise ValueError(f"{name}: args must be a list of texts")
+            if not (isinstance(env, dict) and all(isinstance(item, str) for item in env.values())):
+                raise ValueError(f"{name}: env and headers must be texts by their names")
         return value
 
     @field_validator("agents")
     @classmethod
     def _are_agents(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
         for name, agent in (value or {}).items():
-            if not isinstance(agent.get("description"), str) or not isinstance(agent.get("prompt"), str):
-                raise ValueError(f"{name}: an agent needs a description and a prompt")
+            try:
+                _Agent.model_validate(agent)
+            except ValidationError as error:
+                wrong = error.errors()[0]
+                where = ".".join(str(part) for part in wrong["loc"])
+                raise ValueError(
+                    f"{name}: {where}: {wrong['msg']}; an agent needs a description and a prompt"
+                ) from error
         return value
 
     @model_validator(mode="after")
@@ -137,6 +243,9 @@ LIVE_FIELDS = frozenset(
 class _Described(Options):
     title: NoNul | None = Field(default=None, max_length=500, description="A name for people.")
     metadata: dict[str, Any] | None = Field(default=None, description="Anything of yours, as JSON up to 64 KiB.")
+    budget: GivenBudget | None = Field(
+        default=None, description="What it may spend in all; default: what the settings say."
+    )
 
     @field_validator("metadata")
     @classmethod
@@ -152,7 +261,9 @@ class CreateSession(SessionSpec, _Described):
     """The body of `POST /sessions`."""
 
     workspace: Workspace | None = Field(default=None, description="Where its files live.")
-    ttl_seconds: int | None = Field(default=None, ge=1, description="Deleted when unused for so long; default: never.")
+    ttl_seconds: int | None = Field(
+        default=None, ge=1, le=3_153_600_000, description="Deleted when unused for so long; default: never."
+    )
 
     def spec(self) -> SessionSpec:
         """The part that the agent is started with."""
@@ -163,12 +274,39 @@ class UpdateSession(SessionSpec, _Described):
     """The body of `PATCH /sessions/{id}`: what is given is changed, `null` goes back to the default."""
 
 
-class ContentBlock(BaseModel):
-    """A block of a prompt: text, an image or a document, in the shape of the Messages API."""
-
+class _Block(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    type: Literal["text", "image", "document"]
+
+class TextBlock(_Block):
+    """A text of a prompt."""
+
+    type: Literal["text"]
+    text: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")
+
+
+class Source(_Block):
+    """Where an image or a document comes from: `{"type": "base64", "media_type": "image/png", "data": "…"}`."""
+
+    type: Literal["base64", "url", "file", "text", "content"]
+
+
+class ImageBlock(_Block):
+    """An image of a prompt."""
+
+    type: Literal["image"]
+    source: Source
+
+
+class DocumentBlock(_Block):
+    """A document of a prompt."""
+
+    type: Literal["document"]
+    source: Source
+
+
+ContentBlock = Annotated[TextBlock | ImageBlock | DocumentBlock, Field(discriminator="type")]
+"""A block of a prompt, in the shape of the Messages API. A text block without a text would hang the agent (tried)."""
 
 
 class TurnOptions(Options):
@@ -182,16 +320,30 @@ class TurnOptions(Options):
     on_sandbox_lost: OnSandboxLost = Field(default=OnSandboxLost.FAIL, description="If the sandbox dies in mid-turn.")
     max_turns: int | None = Field(default=None, ge=1, le=100_000, description="Model requests this turn may make.")
     model: NoNul | None = Field(default=None, min_length=1, max_length=200, description="The model from here on.")
+    budget: GivenBudget | None = Field(default=None, description="What it may spend; default: what the settings say.")
 
 
 class CreateTurn(TurnOptions):
     """The body of `POST /sessions/{id}/turns`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["content"], "properties": {"content": {"type": "array"}}},
+            ]
+        }
+    )
+
     prompt: str | None = Field(
-        default=None, min_length=1, max_length=MAX_PROMPT_CHARS, description="The prompt's text."
+        default=None,
+        min_length=1,
+        max_length=MAX_PROMPT_CHARS,
+        description="The prompt's text.",
+        json_schema_extra={"pattern": r"\S"},
     )
     content: list[ContentBlock] | None = Field(default=None, min_length=1, description="In place of `prompt`: blocks.")
-    wait: bool = Field(default=False, description="Answer when the turn has ended, with its result.")
+    wait: StrictBool = Field(default=False, description="Answer when the turn has ended, with its result.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> CreateTurn:

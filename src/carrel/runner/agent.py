@@ -21,7 +21,7 @@ import structlog
 from claude_agent_sdk.types import TERMINAL_TASK_STATUSES
 from pydantic_core import to_json
 
-from carrel.errors import AgentFailed, AgentStartFailed, SandboxLost, TurnTimedOut
+from carrel.errors import AgentFailed, AgentStartFailed, DiskFull, SandboxLost, TurnTimedOut
 from carrel.model import Failure, PermissionMode, StopReason, TurnStatus, new_id, utc_now
 from carrel.protocol import events
 from carrel.protocol.bootstrap import Bootstrap
@@ -40,6 +40,7 @@ from carrel.protocol.link import (
     TurnEnded,
 )
 from carrel.runner.blocks import Blocks, whole, whole_text
+from carrel.runner.disk import Disk
 from carrel.runner.transcripts import Transcripts
 
 log = structlog.get_logger(__name__)
@@ -66,6 +67,7 @@ class _Running:
     num_turns: int = 0
     interrupted: StopReason | None = None
     resumed: bool = False
+    told_of_full_disk: bool = False
 
 
 class Agent:
@@ -94,6 +96,7 @@ class Agent:
         self._stderr: deque[str] = deque(maxlen=50)
         self._closing = False
         self._interrupting: asyncio.Task[None] | None = None
+        self._disk = Disk((bootstrap.workspace, bootstrap.home), reserve_bytes=bootstrap.disk_reserve_bytes)
         self._transcripts = Transcripts(Path(bootstrap.home), bootstrap.cwd, bootstrap.owner)
 
     # ------------------------------------------------------------------------------------------------ what it knows
@@ -153,15 +156,18 @@ class Agent:
         env = dict(boot.agent_env)
         env |= {
             "CLAUDE_CONFIG_DIR": boot.config_dir,
-            "ANTHROPIC_API_KEY": boot.agent_token,
             "CLAUDE_CODE_MAX_RETRIES": str(boot.max_retries),
         }
+        if not boot.direct:
+            env["ANTHROPIC_API_KEY"] = boot.agent_token
         if boot.late_env_path is None:
             env |= spec.env_vars or {}
         else:
             late = [part for item in (spec.env_vars or {}).items() for part in ("--setenv", *item)]
             with open(boot.late_env_path, "ab") as file:
                 file.write(b"".join(part.encode() + b"\0" for part in late))
+        # The SDK itself would pass on a span of this process, and there is none: the spans are the gateway's.
+        env |= {name.upper(): value for name, value in bind.trace.items()}
         if go_on:
             env["CLAUDE_CODE_RESUME_INTERRUPTED_TURN"] = "1"
         system_prompt: Any = {"type": "preset", "preset": "claude_code"}
@@ -190,6 +196,7 @@ class Agent:
             allowed_tools=spec.allowed_tools or [],
             disallowed_tools=spec.disallowed_tools or [],
             mcp_servers=spec.mcp_servers or {},  # type: ignore[arg-type]
+            plugins=[{"type": "local", "path": path} for path in boot.plugins],
             agents={name: sdk.AgentDefinition(**agent) for name, agent in (spec.agents or {}).items()} or None,
             include_partial_messages=True,
             session_store=_Mirror(self._mirror),  # type: ignore[arg-type]
@@ -375,6 +382,8 @@ class Agent:
         self._event(events.MessageUser(content=whole(content), parent_tool_use_id=parent))
 
     def _finished(self, tool_use_id: str, content: Any, *, is_error: bool, parent: str | None) -> None:
+        if self._running is not None and self._disk.blamed(content):
+            self._running.told_of_full_disk = True
         self._event(
             events.ToolFinished(
                 id=tool_use_id,
@@ -417,6 +426,9 @@ class Agent:
         if known != self._last_known:
             self._last_known = known
             self._event(known)
+            for error in data.get("plugin_errors") or []:
+                told = f"{error.get('plugin')}: {error.get('message')}"
+                self._event(events.ErrorReported(code="plugin_failed", message=whole_text(told)))
 
     def _take_task(self, message: sdk.SystemMessage) -> None:
         before = len(self._tasks)
@@ -438,6 +450,16 @@ class Agent:
             self._interrupting.cancel()
             self._interrupting = None
         status, reason, failure = _ending(message, running)
+        if status is TurnStatus.FAILED and failure is not None and self._disk.blamed(failure.message):
+            running.told_of_full_disk = True
+        if status is not TurnStatus.INTERRUPTED and running.told_of_full_disk and self._disk.full:
+            # Where the agent has made room by itself, it has mended what had gone wrong.
+            error = DiskFull()
+            status, reason, failure = (
+                TurnStatus.FAILED,
+                StopReason.ERROR,
+                Failure(code=error.code, message=error.message),
+            )
         running.num_turns = max(running.num_turns, message.num_turns) if running.resumed else running.num_turns
         self._end(running, status, reason, failure, whole(message.structured_output))
         if self._waiting:

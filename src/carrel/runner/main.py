@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from carrel.errors import AgentStartFailed, CarrelError, SandboxLost, SpoolFull
+from carrel.errors import AgentStartFailed, CarrelError, DiskFull, SandboxLost, SpoolFull
 from carrel.model import Failure
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.protocol.link import (
@@ -88,7 +88,7 @@ class Runner:
     def _send(self, make: Any) -> None:
         try:
             self._link.send(make)
-        except SpoolFull as error:
+        except (SpoolFull, DiskFull) as error:
             self._give_up(error)
             raise
 
@@ -135,6 +135,7 @@ class Runner:
     async def _pass_on(self, command: GatewayFrame) -> None:
         match command:
             case StartTurn():
+                structlog.contextvars.bind_contextvars(turn_id=command.turn_id)
                 await self._agent.start(command)
             case Interrupt():
                 await self._agent.interrupt(command)
@@ -147,6 +148,7 @@ class Runner:
 
     async def _start(self, bind: Bind) -> bool:
         self._bind = bind
+        structlog.contextvars.bind_contextvars(session_id=bind.session_id)
         try:
             if bind.agent_session_id is not None:
                 await self._prepare_transcript(bind, bind.agent_session_id)
@@ -229,10 +231,11 @@ def _children(pid: int) -> list[int]:
 
 def run(bootstrap: Bootstrap) -> None:
     """Run one runner to its end. Called in a process of its own, with a clean environment."""
-    log.info("runner.started", sandbox=bootstrap.sandbox_id, generation=bootstrap.generation)
+    structlog.contextvars.bind_contextvars(sandbox_id=bootstrap.sandbox_id)
+    log.info("runner.started", generation=bootstrap.generation)
     try:
         asyncio.run(Runner(bootstrap).run())
     finally:
         if bootstrap.subreaper:
             end_descendants()
-    log.info("runner.ended", sandbox=bootstrap.sandbox_id)
+    log.info("runner.ended")

@@ -13,12 +13,15 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import io
 import json
 import os
 import selectors
 import signal
 import socket
+import stat
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from carrel.protocol.bootstrap import Bootstrap, Mount
@@ -174,6 +177,17 @@ def _redirect(log_path: str) -> None:
     os.dup2(out, 2)
     os.close(null)
     os.close(out)
+    sys.stdout = sys.stderr = _Log()
+
+
+class _Log(io.TextIOBase):
+    """Writes to the log, and does without where there is no room: a runner must not end of a line it cannot write."""
+
+    def write(self, text: str) -> int:
+        """Write at once, as far as there is room."""
+        with contextlib.suppress(OSError):
+            os.write(1, text.encode("utf-8", "backslashreplace"))
+        return len(text)
 
 
 def enter_mounts(root: str, mounts: list[Mount]) -> None:
@@ -185,12 +199,28 @@ def enter_mounts(root: str, mounts: list[Mount]) -> None:
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("carrel", root, b"tmpfs", 0, b"mode=755,size=1m")
     for mount in mounts:
-        if os.path.isdir(mount.source):
-            os.makedirs(mount.target, mode=0o755, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(mount.target), mode=0o755, exist_ok=True)
-            os.close(os.open(mount.target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-        _mount(mount.source, mount.target, None, _MS_BIND)
+        source = _open_source(mount)
+        try:
+            if stat.S_ISDIR(os.fstat(source).st_mode):
+                os.makedirs(mount.target, mode=0o755, exist_ok=True)
+            else:
+                os.makedirs(os.path.dirname(mount.target), mode=0o755, exist_ok=True)
+                os.close(os.open(mount.target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+            # What was opened is mounted, whatever stands at its path by now.
+            _mount(f"/proc/self/fd/{source}", mount.target, None, _MS_BIND)
+        finally:
+            os.close(source)
+
+
+def _open_source(mount: Mount) -> int:
+    if mount.within is None:
+        return os.open(mount.source, os.O_PATH | os.O_CLOEXEC)
+    fd = os.open(mount.within, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name in Path(mount.source).relative_to(mount.within).parts:
+        child = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        os.close(fd)
+        fd = child
+    return fd
 
 
 def _mount(source: str | None, target: str, kind: bytes | None, flags: int, data: bytes | None = None) -> None:

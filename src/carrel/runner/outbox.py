@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from carrel.errors import SpoolFull
+from carrel.errors import DiskFull, SpoolFull
 
 _MOVE_BYTES = 1 << 20
 
@@ -33,6 +34,7 @@ class Outbox:
         self._spool_start = 0
         self._spool_end = 0
         self._spool_fd: int | None = None
+        self._kept: dict[int, bytes] = {}
         self._last = 0
         self.last_acked = 0
 
@@ -49,13 +51,22 @@ class Outbox:
 
         Raises:
             SpoolFull: there is no room left; the frame is not kept.
+            DiskFull: there is none on the disk; the frame is not kept.
         """
         fits = not self._spooled and (self._memory_size + len(frame) <= self._memory_bound or not self._memory)
         if fits:
             self._memory.append((self._last + 1, frame))
             self._memory_size += len(frame)
         else:
-            self._spool(frame, beyond=last_words)
+            try:
+                self._spool(frame, beyond=last_words)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if not last_words:
+                    raise DiskFull(operator_detail=repr(error)) from error
+                self._kept[self._last + 1] = frame
+                self._spooled.append((self._last + 1, self._spool_end, 0))
         self._last += 1
 
     def _spool(self, frame: bytes, *, beyond: bool) -> None:
@@ -92,7 +103,7 @@ class Outbox:
         while self._memory and self._memory[0][0] <= n:
             self._memory_size -= len(self._memory.popleft()[1])
         while self._spooled and self._spooled[0][0] <= n:
-            self._spooled.popleft()
+            self._kept.pop(self._spooled.popleft()[0], None)
         if self._spool_fd is not None and not self._spooled:
             self.close()
 
@@ -101,7 +112,11 @@ class Outbox:
         yield from [item for item in self._memory if item[0] > n]
         for number, offset, size in list(self._spooled):
             # What was acknowledged meanwhile is gone from the file, which may hold other frames by now.
-            if number > max(n, self.last_acked) and self._spool_fd is not None:
+            if number <= max(n, self.last_acked):
+                continue
+            if number in self._kept:
+                yield number, self._kept[number]
+            elif self._spool_fd is not None:
                 yield number, os.pread(self._spool_fd, size, offset - self._spool_start)
 
     def close(self) -> None:

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from carrel import abc
+from carrel.errors import StoreUnavailable
 from carrel.killpoints import reached
-from carrel.model import Sandbox, SandboxStatus, Session, SessionStatus, utc_now
+from carrel.model import Failure, Sandbox, SandboxStatus, Session, SessionStatus, StopReason, TurnStatus, utc_now
 from carrel.protocol.events import EVENT_TYPES
 from carrel.protocol.link import (
     PROTOCOL_VERSION,
@@ -54,6 +55,7 @@ _TRANSCRIPT_LINES: Final = 200
 _HELLO_SECONDS: Final = 10.0
 _GROUP_FRAMES: Final = 500
 _WAITING_BYTES: Final = 16 * 1024 * 1024
+_STORE_AWAY_SECONDS: Final = 0.5
 
 
 def token_hash(token: str) -> str:
@@ -84,12 +86,14 @@ class Link:
         self.sandbox_id = sandbox.id
         self.session_id = sandbox.session_id
         self.state = sandbox.state
+        self.again = hello.bound
         self.bound = hello.bound
         self.ready = hello.bound and sandbox.status is SandboxStatus.LIVE
         self.last_turn = hello.last_turn
         self.background_tasks = hello.background_tasks
         self.interrupted_turn: str | None = None
         self.ended = False
+        self.over = False
         self.connection = connection
 
     async def tell(self, frame: GatewayFrame) -> None:
@@ -100,24 +104,38 @@ class Link:
 class Hub:
     """Every connected runner of this gateway."""
 
-    def __init__(self, store: abc.Store, live: Live, poke: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: abc.Store,
+        live: Live,
+        poke: Callable[[str], None],
+        observer: abc.Observer = abc.Observer(),
+    ) -> None:
         """Make the hub.
 
         Args:
             store: where frames are put.
             live: where deltas go.
             poke: told the session's id whenever its link has changed something the owner should look at.
+            observer: told of connections.
         """
         self._store = store
         self._live = live
         self._poke = poke
+        self._observer = observer
         self._links: dict[str, Link] = {}
         self._by_session: dict[str, Link] = {}
         self._failures: dict[str, AgentFailed] = {}
+        self.draining = False
+        """The server is shutting down: no turn is started any more."""
 
     def take_failure(self, sandbox_id: str) -> AgentFailed | None:
         """What the sandbox's runner said before it gave up, once; it may be gone by now."""
         return self._failures.pop(sandbox_id, None)
+
+    def fail(self, sandbox_id: str, failure: Failure, operator_detail: str) -> None:
+        """Have the sandbox ended for this reason, as if its runner had said so; the owner is to be poked."""
+        self._failures[sandbox_id] = AgentFailed(n=0, failure=failure, operator_detail=operator_detail)
 
     def ready_link(self, session_id: str) -> Link | None:
         """The link of the session's connected agent, if it can be given a turn now."""
@@ -133,11 +151,14 @@ class Hub:
 
     async def serve(self, connection: LinkConnection) -> None:
         """Serve one connection to its end."""
+        structlog.contextvars.clear_contextvars()
         link = await self._welcome(connection)
         if link is None:
             await connection.close()
             return
+        structlog.contextvars.bind_contextvars(session_id=link.session_id, sandbox_id=link.sandbox_id)
         earlier = self._links.get(link.sandbox_id)
+        self._observer.linked(link.session_id, again=link.again)
         self._links[link.sandbox_id] = link
         self._by_session[link.session_id] = link
         if earlier is not None:
@@ -145,6 +166,10 @@ class Hub:
         self._poke(link.session_id)
         try:
             await self._serve_frames(link)
+        except StoreUnavailable as error:
+            # What is not acknowledged is sent again by the runner, which dials at once.
+            log.warning("link.store_away", sandbox=link.sandbox_id, detail=error.operator_detail)
+            await connection.close()
         finally:
             if self._links.get(link.sandbox_id) is link:
                 del self._links[link.sandbox_id]
@@ -161,12 +186,17 @@ class Hub:
             return None
         if not isinstance(hello, Hello):
             return None
-        sandbox, session = await self._store.read(
-            lambda tx: (
-                (sandbox := tx.sandboxes.get(hello.sandbox_id)),
-                tx.sessions.get(sandbox.session_id) if sandbox else None,
+        try:
+            sandbox, session = await self._store.read(
+                lambda tx: (
+                    (sandbox := tx.sandboxes.get(hello.sandbox_id)),
+                    tx.sessions.get(sandbox.session_id) if sandbox else None,
+                )
             )
-        )
+        except StoreUnavailable as error:
+            # Not refused: the runner dials again.
+            log.warning("link.store_away", sandbox=hello.sandbox_id, detail=error.operator_detail)
+            return None
         refusal = _refusal(hello, sandbox, session)
         if refusal is not None or sandbox is None:
             log.warning("link.refused", sandbox=hello.sandbox_id, reason=refusal)
@@ -198,7 +228,7 @@ class Hub:
                 log.error("link.bad_frame", sandbox=link.sandbox_id, error=str(error)[:500])
                 await link.connection.close()
             finally:
-                over = True
+                over = link.over = True
                 some.set()
 
         reader = asyncio.create_task(read(), name=f"link {link.sandbox_id}")
@@ -244,7 +274,8 @@ class Hub:
 
     async def _store_frames(self, link: Link, frames: Sequence[NumberedFrame]) -> None:
         reached("frames.received")
-        await self._store.write(lambda tx: _apply(tx, link.sandbox_id, frames))
+        starts = not self.draining
+        await self._write(link, lambda tx: _apply(tx, link.session_id, link.sandbox_id, frames, starts=starts))
         reached("frames.stored")
         await link.tell(Ack(n=max(frame.n for frame in frames)))
         reached("frames.acked")
@@ -253,13 +284,27 @@ class Hub:
         if any(not isinstance(frame, EventFrame | TranscriptFrame) for frame in frames):
             self._poke(link.session_id)
 
+    async def _write(self, link: Link, work: Callable[[abc.Transaction], None]) -> None:
+        """Store, for as long as the runner is there; frames that are stored twice are dropped by their numbers."""
+        while True:
+            try:
+                await self._store.write(work)
+                return
+            except StoreUnavailable as error:
+                # They are not acknowledged, so that nothing is lost; what comes behind them waits, to a bound.
+                if link.over:
+                    raise
+                log.warning("frames.not_stored", sandbox=link.sandbox_id, error=str(error))
+                await asyncio.sleep(_STORE_AWAY_SECONDS)
+
     def _remember(self, link: Link, frame: NumberedFrame) -> None:
         match frame:
             case AgentReady():
                 link.ready = True
                 link.last_turn = frame.resumed_turn or link.last_turn
             case AgentFailed():
-                self._failures[link.sandbox_id] = frame
+                # What was found out about it beforehand is nearer to the cause.
+                self._failures.setdefault(link.sandbox_id, frame)
             case Activity():
                 link.background_tasks = frame.background_tasks
             case Ended():
@@ -301,7 +346,11 @@ def _refusal(hello: Hello, sandbox: Sandbox | None, session: Session | None) -> 
 # ------------------------------------------------------------------------------------------------- frames, into rows
 
 
-def _apply(tx: abc.Transaction, sandbox_id: str, frames: Sequence[NumberedFrame]) -> None:
+def _apply(
+    tx: abc.Transaction, session_id: str, sandbox_id: str, frames: Sequence[NumberedFrame], *, starts: bool
+) -> None:
+    # First of all, because that holds it: from here on nobody else changes the session, its sandbox or its turns.
+    session = tx.sessions.get(session_id)
     sandbox = tx.sandboxes.get(sandbox_id)
     if sandbox is None or sandbox.status is SandboxStatus.GONE:
         return
@@ -311,7 +360,6 @@ def _apply(tx: abc.Transaction, sandbox_id: str, frames: Sequence[NumberedFrame]
         if frame.n > mark:
             fresh.append(frame)
             mark = frame.n
-    session = tx.sessions.get(sandbox.session_id)
     if session is None or sandbox.generation < session.generation:
         return
     events: list[EventFrame] = []
@@ -321,7 +369,7 @@ def _apply(tx: abc.Transaction, sandbox_id: str, frames: Sequence[NumberedFrame]
             continue
         _append(tx, sandbox, events)
         events = []
-        _apply_one(tx, sandbox, frame)
+        _apply_one(tx, sandbox, frame, starts=starts)
     _append(tx, sandbox, events)
 
 
@@ -332,7 +380,7 @@ def _append(tx: abc.Transaction, sandbox: Sandbox, frames: Sequence[EventFrame])
     tx.events.append(sandbox.session_id, [frame.event for frame in frames if frame.event.type in EVENT_TYPES])
 
 
-def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> None:
+def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame, *, starts: bool) -> None:
     session = tx.sessions.get(sandbox.session_id)
     if session is None:
         return
@@ -342,7 +390,7 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> N
         case AgentSession():
             tx.sessions.update(session.id, agent_session_id=frame.agent_session_id)
         case AgentReady():
-            _agent_ready(tx, sandbox, session, frame)
+            _agent_ready(tx, sandbox, session, frame, starts=starts)
         case Activity():
             # A background task has begun or ended: idleness is counted from here.
             tx.sessions.update(session.id, **transitions.touch(session, utc_now()))
@@ -353,7 +401,7 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame) -> N
             _turn_ended(tx, sandbox, session, frame)
 
 
-def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: AgentReady) -> None:
+def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: AgentReady, *, starts: bool) -> None:
     if sandbox.status is not SandboxStatus.LAUNCHING:
         return
     tx.sandboxes.update(sandbox.id, status=SandboxStatus.LIVE)
@@ -361,21 +409,31 @@ def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame:
         session = transitions.set_status(tx, session, SessionStatus.READY)
     # Here and not in the owner's next step: what the agent says of the turn may stand right behind this frame.
     turn = tx.turns.live(session.id)
-    if turn is not None and turn.id == frame.resumed_turn and session.status is SessionStatus.READY:
+    if session.status is not SessionStatus.READY:
+        return
+    if turn is not None and turn.id == frame.resumed_turn:
         transitions.continue_turn(tx, session, turn, sandbox.id)
+    queued = tx.turns.queued(session.id) if turn is None and starts else ()
+    if queued:
+        # The sandbox was started for this turn and holds its place among those at work: it is not given up in between.
+        transitions.start_turn(tx, session, queued[0], sandbox.id)
 
 
 def _turn_ended(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: TurnEnded) -> None:
     turn = tx.turns.get(frame.turn_id)
     if turn is None or turn.status.ended or turn.session_id != session.id:
         return
+    status, stop_reason, failure = frame.status, frame.stop_reason, frame.failure
+    if turn.error is not None and status is not TurnStatus.SUCCEEDED:
+        # The gateway has ended it, and knows why better than the agent does.
+        status, stop_reason, failure = TurnStatus.FAILED, turn.interrupt_reason or StopReason.ERROR, turn.error
     ended = transitions.complete_turn(
         tx,
         session,
         turn,
-        frame.status,
-        stop_reason=frame.stop_reason,
-        error=frame.failure,
+        status,
+        stop_reason=stop_reason,
+        error=failure,
         structured_output=frame.structured_output,
         num_turns=frame.num_turns,
         ended_at=frame.at,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from carrel import abc
 from carrel.protocol.events import Delta, DeltaKind, StoredEvent
@@ -11,6 +11,7 @@ from carrel.protocol.link import DeltaFrame, OpenBlock
 BlockKey = tuple[str | None, str, int]
 """Thread (the call of a sub-agent, or None), message, block."""
 
+_DELETED = 10_000
 _CLOSING = frozenset({"message.assistant", "thinking", "tool.called"})
 
 
@@ -32,23 +33,31 @@ class _Open:
 class _Talk:
     """What is being said in one session: from the start of a turn to its end."""
 
-    __slots__ = ("blocks", "seq", "turn_id")
+    __slots__ = ("blocks", "heard", "seq", "turn_id")
 
     def __init__(self, turn_id: str | None, seq: int | None) -> None:
         self.turn_id = turn_id
         self.seq = seq
+        self.heard = False
         self.blocks: dict[BlockKey, _Open] = {}
 
 
 class Live:
     """Open blocks by session. Publishes deltas; hears of every stored event before the bus does."""
 
-    def __init__(self, bus: abc.EventBus) -> None:
+    def __init__(self, bus: abc.EventBus, observer: abc.Observer = abc.Observer()) -> None:
         self._bus = bus
+        self._observer = observer
+        self.observers: list[Callable[[Sequence[StoredEvent]], None]] = [observer.stored]
+        """Told of stored events, right after the commit, in their order; they must be quick and never raise."""
         self._talks: dict[str, _Talk] = {}
+        self._deleted: dict[str, None] = {}
+        """Sessions whose runner may still be talking; the newest of them."""
 
     def stored(self, stored: Sequence[StoredEvent]) -> None:
         """Events were committed: blocks that are now in the log are no longer open; everyone is told."""
+        for observe in self.observers:
+            observe(stored)
         start = 0
         for i, event in enumerate(stored):
             self._hear(event)
@@ -62,6 +71,10 @@ class Live:
             # A new agent takes the turn up: what the lost one had half said is made anew.
             self._reset(event.session_id, talk)
             talk = self._talks[event.session_id] = _Talk(event.turn_id, event.seq)
+        if event.type == "session.deleted":
+            self._deleted[event.session_id] = None
+            if len(self._deleted) > _DELETED:
+                del self._deleted[next(iter(self._deleted))]
         if talk is None:
             return
         talk.seq = event.seq
@@ -92,17 +105,24 @@ class Live:
 
     def deltas(self, session_id: str, frames: Iterable[DeltaFrame]) -> None:
         """Pieces arrived: remember and publish them."""
+        if session_id in self._deleted:
+            return
         out: list[Delta] = []
         for frame in frames:
             talk = self._talks.get(session_id)
             if talk is None:
                 talk = self._talks[session_id] = _Talk(frame.turn_id, None)
+            if not talk.heard:
+                talk.heard = True
+                self._observer.first_delta(session_id, frame.turn_id)
             _take(talk.blocks, frame)
             out.append(_delta(session_id, frame, after=talk.seq))
         self._bus.publish(session_id, out)
 
     def replace(self, session_id: str, blocks: Iterable[OpenBlock]) -> None:
         """A runner is back and says what it has so far: whoever watches gets what was missed."""
+        if session_id in self._deleted:
+            return
         talk = self._talks.get(session_id)
         if talk is not None:
             talk.blocks.clear()

@@ -8,20 +8,31 @@ life, and through a restart of the gateway at any instant of it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from carrel import abc
-from carrel.errors import CarrelError, SandboxLaunchFailed, SandboxLost
+from carrel.budgets import UNLIMITED, Allowances, accounts_of, spent
+from carrel.errors import (
+    BudgetReached,
+    CarrelError,
+    DiskFull,
+    SandboxLaunchFailed,
+    SandboxLost,
+    SandboxOutOfMemory,
+    SandboxOutOfProcesses,
+    TurnFailure,
+)
 from carrel.killpoints import reached
 from carrel.model import (
     Failure,
-    OnSandboxLost,
     PermissionMode,
     Sandbox,
     SandboxStatus,
@@ -33,37 +44,48 @@ from carrel.model import (
     new_id,
     utc_now,
 )
-from carrel.protocol.events import SessionDeleted
 from carrel.protocol.link import AgentFailed, Bind, Interrupt, Shutdown, StartTurn
 from carrel.protocol.spec import SessionSpec
-from carrel.sessions import transitions
-from carrel.sessions.hub import Hub, Link, token_hash
+from carrel.sessions import steps, transitions
+from carrel.sessions.admission import Admission
+from carrel.sessions.hub import Hub, Link
+from carrel.sessions.memory import Memory
 
 log = structlog.get_logger(__name__)
 
 _LAUNCH_ATTEMPTS = 3
 _LOOK_AGAIN_SECONDS = 1.0
+_EXCESS: dict[abc.Excess, type[TurnFailure]] = {
+    abc.Excess.MEMORY: SandboxOutOfMemory,
+    abc.Excess.PROCESSES: SandboxOutOfProcesses,
+}
 
 
 class Folders(Protocol):
     """Where sessions' files are; `carrel.workspaces.Folders` is one."""
 
-    def paths(self, session_id: str) -> tuple[str, str]:
-        """The workspace and the home."""
+    def workspace(self, session: Session) -> Path:
+        """Where the session's files are."""
 
-    def owner(self, number: int) -> tuple[int, int] | None:
+    def within(self, session: Session) -> Path | None:
+        """The last folder above the workspace that no agent can change; None where that is the workspace itself."""
+
+    def home(self, session: Session) -> Path:
+        """The agent's home."""
+
+    def owner(self, session: Session) -> tuple[int, int] | None:
         """The user and group that the files of this session belong to; None for our own."""
 
-    def make(self, session_id: str, number: int) -> None:
+    def make(self, session: Session) -> None:
         """Make both, if they are not there."""
 
     def remove(self, session_id: str) -> None:
-        """Remove both, and all that is in them."""
+        """Remove what is the session's alone, and all that is in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerOptions:
-    """How long things may take."""
+    """How long things may take, and what every agent is given."""
 
     idle_timeout_seconds: float = 600.0
     launch_timeout_seconds: float = 60.0
@@ -71,17 +93,9 @@ class OwnerOptions:
     reconnect_margin_seconds: float = 10.0
     shutdown_grace_seconds: float = 15.0
     default_model: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _View:
-    """A session's rows, as one step sees them."""
-
-    session: Session | None
-    deleting: bool
-    sandbox: Sandbox | None
-    live: Turn | None
-    queued: list[Turn]
+    mcp_servers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """For every session's agent. A session's own win by name, and only they are part of its row."""
+    allowances: Allowances = UNLIMITED
 
 
 class Owner:
@@ -93,10 +107,12 @@ class Owner:
         runtime: abc.Runtime,
         folders: Folders,
         hub: Hub,
+        admission: Admission,
         *,
         check_model: Callable[[], object],
         run_blocking: Callable[..., Any],
         options: OwnerOptions,
+        memory: Memory | None = None,
     ) -> None:
         """Make the owner.
 
@@ -105,24 +121,37 @@ class Owner:
             runtime: where sandboxes are made.
             folders: where files are.
             hub: who is connected.
+            admission: says when a turn may go to work.
             check_model: raises a CarrelError while no turn could reach the model.
             run_blocking: runs a function that waits for the disk in another thread.
             options: time limits.
+            memory: asked before a sandbox is launched; None: there is always room.
         """
+        self.memory = memory or Memory()
         self._store = store
         self._runtime = runtime
         self._folders = folders
         self._hub = hub
+        self.admission = admission
         self._check_model = check_model
         self._run_blocking = run_blocking
         self._options = options
         self._launches: dict[str, int] = {}
         self._missed_since: dict[str, datetime] = {}
-        self.draining = False
+
+    @property
+    def draining(self) -> bool:
+        """The server is shutting down: no turn is started any more."""
+        return self._hub.draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._hub.draining = value
 
     async def step(self, session_id: str) -> float | None:
         """Do what is due for this session. Answers in how many seconds to look again, or None."""
-        view = await self._store.read(lambda tx: _view(tx, session_id))
+        view = await self._store.read(lambda tx: steps.view(tx, session_id))
+        _name_turn(view.live or next(iter(view.queued), None))
         if view.session is None:
             await self._remove(session_id, view)
             return None
@@ -134,11 +163,11 @@ class Owner:
         if await self._expire(session, view.queued):
             return 0.0
         if session.expires_at is not None and session.expires_at <= utc_now() and _unused(view):
-            await self._store.write(lambda tx: mark_deleted(tx, session_id))
+            await self._store.write(lambda tx: steps.mark_deleted(tx, session_id))
             return 0.0
         return _sooner(await self._advance(session, view), view.queued)
 
-    async def _advance(self, session: Session, view: _View) -> float | None:
+    async def _advance(self, session: Session, view: steps.View) -> float | None:
         if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
             return None
         if view.sandbox is None:
@@ -147,31 +176,47 @@ class Owner:
 
     # -------------------------------------------------------------------------------------------------- no sandbox
 
-    async def _without_sandbox(self, session: Session, view: _View) -> float | None:
-        if view.live is not None and not _goes_on(view.live):
+    async def _without_sandbox(self, session: Session, view: steps.View) -> float | None:
+        if view.live is not None and not steps.goes_on(view.live):
             await self._lose(session.id, None)
             return 0.0
         if view.live is None and not view.queued:
             if session.status is not SessionStatus.IDLE:
-                await self._store.write(lambda tx: _settle(tx, session.id))
+                await self._store.write(lambda tx: steps.settle(tx, session.id))
             self._launches.pop(session.id, None)
             return None
         if self.draining:
             return None
+        if view.live is None and await self._store.read(
+            lambda tx: self._spent(tx, session, view.queued[0]) is not None
+        ):
+            await self._store.write(lambda tx: self._fail_if_spent(tx, view.queued[0].id))
+            return 0.0
         try:
             self._check_model()
         except CarrelError as error:
             await self._fail_all(session.id, error, stop_reason=StopReason.ERROR)
             return 0.0
+        if not self.memory.admit(session.id):
+            return _LOOK_AGAIN_SECONDS
         return await self._launch(session)
 
     async def _launch(self, session: Session) -> float | None:
-        attempt = self._launches[session.id] = self._launches.get(session.id, 0) + 1
-        if attempt > _LAUNCH_ATTEMPTS:
+        if self._launches.get(session.id, 0) >= _LAUNCH_ATTEMPTS:
             await self._start_failed(session.id, SandboxLaunchFailed(operator_detail="lost before it was connected"))
             return 0.0
-        await self._run_blocking(self._folders.make, session.id, session.number)
-        workspace, home = self._folders.paths(session.id)
+        try:
+            await self._run_blocking(self._folders.make, session)
+        except CarrelError as error:
+            # A user's directory that is gone, or that an agent has put something else in the place of.
+            await self._fail_all(session.id, error, stop_reason=StopReason.ERROR)
+            return 0.0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            await self._fail_all(session.id, DiskFull(), stop_reason=StopReason.ERROR)
+            return 0.0
+        within = self._folders.within(session)
         spec = abc.LaunchSpec(
             sandbox_id=new_id(),
             session_id=session.id,
@@ -179,17 +224,26 @@ class Owner:
             generation=session.generation + 1,
             link_token=secrets.token_urlsafe(32),
             agent_token="cak-" + secrets.token_urlsafe(32),
-            workspace=workspace,
-            home=home,
-            owner=self._folders.owner(session.number),
+            workspace=str(self._folders.workspace(session)),
+            workspace_within=None if within is None else str(within),
+            home=str(self._folders.home(session)),
+            owner=self._folders.owner(session),
         )
-        if not await self._store.write(lambda tx: _launching(tx, spec, self._runtime.name)):
-            return 0.0
+        stored = await self._store.write(lambda tx: steps.launching(tx, spec, self._runtime.name, self.admission))
+        if stored is not steps.Launching.STORED:
+            self.memory.release(session.id)
+            return 0.0 if stored is steps.Launching.OUTDATED else None
+        self._launches[session.id] = self._launches.get(session.id, 0) + 1
         reached("sandbox.stored")
         try:
             async for state in self._runtime.launch(spec):
-                await self._store.write(lambda tx, s=state: tx.sandboxes.update(spec.sandbox_id, state=s))  # type: ignore[misc]
+                await self._store.write_surely(lambda tx, s=state: tx.sandboxes.update(spec.sandbox_id, state=s))  # type: ignore[misc]
             reached("sandbox.forked")
+        except DiskFull as error:
+            log.error("sandbox.disk_full", session=session.id, detail=error.operator_detail)
+            await self._store.write(lambda tx: tx.sandboxes.update(spec.sandbox_id, status=SandboxStatus.ENDING))
+            await self._fail_all(session.id, DiskFull(), stop_reason=StopReason.ERROR)
+            return 0.0
         except SandboxLaunchFailed as error:
             log.error("sandbox.launch_failed", session=session.id, detail=error.operator_detail)
             await self._store.write(lambda tx: tx.sandboxes.update(spec.sandbox_id, status=SandboxStatus.ENDING))
@@ -199,7 +253,7 @@ class Owner:
 
     # ------------------------------------------------------------------------------------------------ with a sandbox
 
-    async def _with_sandbox(self, session: Session, view: _View, sandbox: Sandbox) -> float | None:
+    async def _with_sandbox(self, session: Session, view: steps.View, sandbox: Sandbox) -> float | None:
         link = self._hub.link(sandbox.id)
         failed = self._hub.take_failure(sandbox.id)
         if failed is not None:
@@ -219,9 +273,8 @@ class Owner:
         if view.queued and not self.draining:
             if not await self._lives(link):
                 await self._lose(session.id, sandbox)
-            else:
-                await self._start(view.queued[0], link)
-            return 0.0
+                return 0.0
+            return 0.0 if await self._start(view.queued[0], link) else _LOOK_AGAIN_SECONDS
         return await self._rest(session, sandbox, link)
 
     async def _unconnected(self, session: Session, sandbox: Sandbox) -> float | None:
@@ -261,8 +314,11 @@ class Owner:
             return ""
         return "\n".join([line async for line in self._runtime.logs(sandbox.state)][-20:])
 
-    async def _bind(self, session: Session, view: _View, sandbox: Sandbox, link: Link) -> None:
+    async def _bind(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> None:
         spec = SessionSpec.model_validate(session.spec)
+        if self._options.mcp_servers:
+            servers = dict(self._options.mcp_servers) | (spec.mcp_servers or {})
+            spec = spec.model_copy(update={"mcp_servers": servers})
         if spec.model is None and self._options.default_model is not None:
             spec = spec.model_copy(update={"model": self._options.default_model})
         mode = spec.permission_mode or (PermissionMode.BYPASS if self._runtime.isolated else PermissionMode.DEFAULT)
@@ -276,6 +332,7 @@ class Owner:
                 agent_session_id=session.agent_session_id,
                 reconcile=sandbox.generation > 1,
                 resume_turn=view.live.id if view.live is not None else None,
+                trace=_trace(view.live or next(iter(view.queued), None)),
             )
         )
         reached("bind.sent")
@@ -289,11 +346,49 @@ class Owner:
         """Whether the runner is there: a prompt sent to one that has just died is not sent again."""
         return (await self._runtime.probe({link.sandbox_id: link.state}))[link.sandbox_id]
 
-    async def _start(self, turn: Turn, link: Link) -> None:
-        started = await self._store.write(lambda tx: start_if_free(tx, turn.id, link.sandbox_id))
+    async def _start(self, turn: Turn, link: Link) -> bool:
+        started = await self._store.write(lambda tx: self.start_if_free(tx, turn.id, link.sandbox_id))
         reached("turn.started")
         if started is not None:
             await self.hand_over(started, link)
+        return started is not None
+
+    def start_if_free(self, tx: abc.Transaction, turn_id: str, sandbox_id: str) -> Turn | None:
+        """Start the turn in this sandbox, if it is the session's next one and the sandbox is free for it.
+
+        Where a budget has nothing left, the turn fails instead.
+        """
+        turn = tx.turns.get(turn_id)
+        session = tx.sessions.get(turn.session_id) if turn is not None else None
+        if turn is None or session is None or session.status is not SessionStatus.READY:
+            return None
+        waiting, sandbox = tx.turns.queued(session.id), tx.sandboxes.current(session.id)
+        if not waiting or waiting[0].id != turn.id:
+            return None
+        if sandbox is None or sandbox.id != sandbox_id or sandbox.status is not SandboxStatus.LIVE:
+            return None
+        if self._fail_if_spent(tx, turn.id) or not self.admission.admits(tx, turn.id):
+            return None
+        return transitions.start_turn(tx, session, turn, sandbox_id)
+
+    def _spent(self, tx: abc.Transaction, session: Session, turn: Turn) -> BudgetReached | None:
+        return spent(
+            accounts_of(tx, self._options.allowances, user_id=session.owner, session=session, turn=turn, now=utc_now())
+        )
+
+    def _fail_if_spent(self, tx: abc.Transaction, turn_id: str) -> bool:
+        """Fail a queued turn for which a budget has nothing left, and say so."""
+        turn = tx.turns.get(turn_id)
+        session = tx.sessions.get(turn.session_id) if turn is not None else None
+        if turn is None or session is None or turn.status is not TurnStatus.QUEUED:
+            return False
+        error = self._spent(tx, session, turn)
+        if error is None:
+            return False
+        failure = Failure(code=error.code, message=error.message)
+        transitions.fail_turn(tx, session, turn, failure, StopReason.BUDGET_REACHED)
+        tx.sessions.update(session.id, stop_reason=StopReason.BUDGET_REACHED)
+        return True
 
     async def hand_over(self, turn: Turn, link: Link) -> None:
         """Send the agent a turn that has been started. What does not arrive is sent again by a later step."""
@@ -311,7 +406,7 @@ class Owner:
     async def _tend(self, session: Session, turn: Turn, sandbox: Sandbox, link: Link) -> float | None:
         """A turn is at work: hand it over if it has not arrived, interrupt it if it should end."""
         if turn.sandbox_id != sandbox.id:
-            await self._store.write(lambda tx: _continue(tx, session.id, turn.id, sandbox))
+            await self._store.write(lambda tx: steps.continue_turn(tx, session.id, turn.id, sandbox))
             return 0.0
         if turn.content is not None and link.last_turn != turn.id:
             await self.hand_over(turn, link)
@@ -333,9 +428,14 @@ class Owner:
         left = self._options.idle_timeout_seconds - (utc_now() - session.last_active_at).total_seconds()
         if left > 0:
             return left
-        await self._store.write(lambda tx: _evict(tx, session.id, sandbox.id))
-        reached("evict.marked")
+        await self.free(session.id, sandbox.id)
         return 0.0
+
+    async def free(self, session_id: str, sandbox_id: str) -> bool:
+        """Have a resting session's sandbox ended by the next step. False where a turn was quicker."""
+        freed = await self._store.write(lambda tx: steps.evict(tx, session_id, sandbox_id, self.admission))
+        reached("evict.marked")
+        return freed
 
     # -------------------------------------------------------------------------------------------------------- endings
 
@@ -350,9 +450,17 @@ class Owner:
     async def _lose(self, session_id: str, sandbox: Sandbox | None, failure: Failure | None = None) -> None:
         """The sandbox is gone, or is taken for gone: end what is left of it, then say so in the rows."""
         if sandbox is not None:
-            log.warning("sandbox.lost", session=session_id, sandbox=sandbox.id)
+            failure = await self._reason(sandbox, failure)
+            log.warning("sandbox.lost", session=session_id, sandbox=sandbox.id, why=failure and failure.code)
             await self._end(sandbox, gracefully=False)
-        await self._store.write(lambda tx: _lost(tx, session_id, failure))
+        await self._store.write(lambda tx: steps.lose(tx, session_id, failure))
+
+    async def _reason(self, sandbox: Sandbox, told: Failure | None) -> Failure | None:
+        """Why the sandbox is lost. Its runner sees an agent that died; the host may know what it died of."""
+        if told is not None and told.code != SandboxLost.code:
+            return told
+        usage = (await self._runtime.measure({sandbox.id: sandbox.state})).get(sandbox.id)
+        return told if usage is None or usage.excess is None else excess_failure(usage.excess)
 
     async def _end(self, sandbox: Sandbox, *, gracefully: bool) -> None:
         link = self._hub.link(sandbox.id)
@@ -362,6 +470,7 @@ class Owner:
         if sandbox.state:
             await self._runtime.terminate(sandbox.state)
         self._missed_since.pop(sandbox.id, None)
+        self._hub.take_failure(sandbox.id)  # nobody asks for it any more
         await self._store.write(
             lambda tx: tx.sandboxes.update(sandbox.id, status=SandboxStatus.GONE, ended_at=utc_now())
         )
@@ -377,20 +486,20 @@ class Owner:
     async def _start_failed(self, session_id: str, error: CarrelError, failure: Failure | None = None) -> None:
         self._launches.pop(session_id, None)
         told = failure or Failure(code=error.code, message=error.message)
-        await self._store.write(lambda tx: _could_not_start(tx, session_id, told))
+        await self._store.write(lambda tx: steps.could_not_start(tx, session_id, told))
 
     async def _fail_all(self, session_id: str, error: CarrelError, *, stop_reason: StopReason) -> None:
         failure = Failure(code=error.code, message=error.message)
-        await self._store.write(lambda tx: _fail_waiting(tx, session_id, failure, stop_reason))
+        await self._store.write(lambda tx: steps.fail_waiting(tx, session_id, failure, stop_reason))
 
     async def _expire(self, session: Session, queued: list[Turn]) -> bool:
         now = utc_now()
         late = [turn for turn in queued if turn.expires_at is not None and turn.expires_at <= now]
         if late:
-            await self._store.write(lambda tx: _expire(tx, session.id, [turn.id for turn in late]))
+            await self._store.write(lambda tx: steps.expire(tx, session.id, [turn.id for turn in late]))
         return bool(late)
 
-    async def _remove(self, session_id: str, view: _View) -> None:
+    async def _remove(self, session_id: str, view: steps.View) -> None:
         """The session is deleted: end its sandbox, remove its files, then its rows."""
         if not view.deleting:
             return
@@ -405,32 +514,27 @@ class Owner:
 # --------------------------------------------------------------------------------------------------- the transactions
 
 
-def _view(tx: abc.Transaction, session_id: str) -> _View:
-    session = tx.sessions.get(session_id)
-    return _View(
-        session=session,
-        deleting=session is None and tx.sessions.deleting(session_id),
-        sandbox=tx.sandboxes.current(session_id),
-        live=tx.turns.live(session_id),
-        queued=list(tx.turns.queued(session_id)),
-    )
+def _name_turn(turn: Turn | None) -> None:
+    """Have the lines of this step's log name the turn it is about."""
+    if turn is None:
+        structlog.contextvars.unbind_contextvars("turn_id")
+        return
+    structlog.contextvars.bind_contextvars(turn_id=turn.id)
 
 
-def start_if_free(tx: abc.Transaction, turn_id: str, sandbox_id: str) -> Turn | None:
-    """Start the turn in this sandbox, if it is the session's next one and the sandbox is free for it."""
-    turn = tx.turns.get(turn_id)
-    session = tx.sessions.get(turn.session_id) if turn is not None else None
-    if turn is None or session is None or session.status is not SessionStatus.READY:
-        return None
-    waiting, sandbox = tx.turns.queued(session.id), tx.sandboxes.current(session.id)
-    if not waiting or waiting[0].id != turn.id:
-        return None
-    if sandbox is None or sandbox.id != sandbox_id or sandbox.status is not SandboxStatus.LIVE:
-        return None
-    return transitions.start_turn(tx, session, turn, sandbox_id)
+def _trace(turn: Turn | None) -> dict[str, str]:
+    """The W3C context of a turn, as whoever works for it is told; empty where nobody traces."""
+    stored = turn.options.get("trace", {}) if turn is not None else {}
+    return {name: stored[name] for name in ("traceparent", "tracestate") if name in stored}
 
 
-def _unused(view: _View) -> bool:
+def excess_failure(excess: abc.Excess) -> Failure:
+    """What the user is told of a sandbox that was ended because it took too much."""
+    error = _EXCESS[excess]()
+    return Failure(code=error.code, message=error.message)
+
+
+def _unused(view: steps.View) -> bool:
     return view.live is None and not view.queued
 
 
@@ -438,101 +542,3 @@ def _sooner(pause: float | None, queued: list[Turn]) -> float | None:
     """The pause, or the time until the first queued turn expires where that is less."""
     left = [(turn.expires_at - utc_now()).total_seconds() for turn in queued if turn.expires_at is not None]
     return min([max(0.0, seconds) for seconds in left] + ([] if pause is None else [pause]), default=None)
-
-
-def _goes_on(turn: Turn) -> bool:
-    return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE and turn.interrupt_reason is None
-
-
-def mark_deleted(tx: abc.Transaction, session_id: str) -> None:
-    """The session is gone for everyone from here on; the owner removes what is left of it."""
-    transitions.emit(tx, session_id, SessionDeleted())
-    tx.sessions.mark_deleting(session_id)
-
-
-def _launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str) -> bool:
-    session = tx.sessions.get(spec.session_id)
-    if session is None or session.generation + 1 != spec.generation:
-        return False
-    if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
-        return False
-    tx.sandboxes.add(
-        Sandbox(
-            id=spec.sandbox_id,
-            session_id=spec.session_id,
-            generation=spec.generation,
-            status=SandboxStatus.LAUNCHING,
-            runtime=runtime,
-            link_token_hash=token_hash(spec.link_token),
-            agent_token_hash=token_hash(spec.agent_token),
-            created_at=utc_now(),
-        )
-    )
-    if session.status is not SessionStatus.STARTING:
-        # The gateway may have died between the end of a lost sandbox and saying so.
-        session = transitions.settle(tx, session)
-    transitions.set_status(tx, session, SessionStatus.STARTING, generation=spec.generation)
-    return True
-
-
-def _continue(tx: abc.Transaction, session_id: str, turn_id: str, sandbox: Sandbox) -> None:
-    session, turn = tx.sessions.get(session_id), tx.turns.get(turn_id)
-    if session is not None and turn is not None and not turn.status.ended:
-        transitions.continue_turn(tx, session, turn, sandbox.id)
-
-
-def _evict(tx: abc.Transaction, session_id: str, sandbox_id: str) -> None:
-    session = tx.sessions.get(session_id)
-    if session is None or session.status is not SessionStatus.READY or tx.turns.queued(session_id):
-        return
-    tx.sandboxes.update(sandbox_id, status=SandboxStatus.ENDING)
-    transitions.set_status(tx, session, SessionStatus.IDLE)
-
-
-def _lost(tx: abc.Transaction, session_id: str, failure: Failure | None = None) -> None:
-    session = tx.sessions.get(session_id)
-    if session is None:
-        return
-    live = tx.turns.live(session_id)
-    if live is not None and not _goes_on(live):
-        lost = SandboxLost()
-        told = failure or Failure(code=lost.code, message=lost.message)
-        reason = StopReason.SANDBOX_LOST if told.code == lost.code else StopReason.ERROR
-        transitions.fail_turn(tx, session, live, told, reason)
-    if session.status is SessionStatus.STARTING and tx.turns.queued(session_id):
-        # Nothing was begun, so nothing was lost: the next step starts another.
-        return
-    transitions.settle(tx, session, stop_reason=StopReason.SANDBOX_LOST if live is not None else None)
-
-
-def _settle(tx: abc.Transaction, session_id: str) -> None:
-    session = tx.sessions.get(session_id)
-    if session is not None:
-        transitions.settle(tx, session)
-
-
-def _could_not_start(tx: abc.Transaction, session_id: str, failure: Failure) -> None:
-    _fail_waiting(tx, session_id, failure, StopReason.ERROR)
-    session = tx.sessions.get(session_id)
-    if session is not None and session.status is SessionStatus.STARTING:
-        transitions.set_status(tx, session, SessionStatus.FAILED, stop_reason=StopReason.ERROR, error=failure)
-    elif session is not None:
-        transitions.settle(tx, session, stop_reason=StopReason.ERROR)
-
-
-def _fail_waiting(tx: abc.Transaction, session_id: str, failure: Failure, stop_reason: StopReason) -> None:
-    session = tx.sessions.get(session_id)
-    if session is None:
-        return
-    live = tx.turns.live(session_id)
-    for turn in [*([live] if live else []), *tx.turns.queued(session_id)]:
-        transitions.fail_turn(tx, session, turn, failure, stop_reason)
-    tx.sessions.update(session_id, stop_reason=stop_reason)
-
-
-def _expire(tx: abc.Transaction, session_id: str, turn_ids: list[str]) -> None:
-    session = tx.sessions.get(session_id)
-    for turn_id in turn_ids:
-        turn = tx.turns.get(turn_id)
-        if session is not None and turn is not None and turn.status is TurnStatus.QUEUED:
-            transitions.complete_turn(tx, session, turn, TurnStatus.EXPIRED, stop_reason=None)

@@ -8,10 +8,13 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from carrel.errors import StoreUnavailable
+
 log = structlog.get_logger(__name__)
 
 _FIRST_BACKOFF_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 30.0
+_STORE_AWAY_SECONDS = 0.5
 
 
 class _Key:
@@ -67,6 +70,9 @@ class Scheduler:
         await done
 
     async def _work(self, name: str, key: _Key) -> None:
+        # Whoever has poked it, a request perhaps, has lent its context to this task: these lines are the session's.
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(session_id=name)
         pause: float | None = None
         try:
             while True:
@@ -85,6 +91,10 @@ class Scheduler:
     async def _once(self, name: str, key: _Key) -> float | None:
         try:
             pause = await self._step(name)
+        except StoreUnavailable as error:
+            # Not the session's fault, and over at once when the store is back.
+            log.warning("session.store_away", session=name, detail=error.operator_detail)
+            return _STORE_AWAY_SECONDS
         except Exception:
             key.failures += 1
             log.exception("session.step_failed", session=name, failures=key.failures)

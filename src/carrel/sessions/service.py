@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
+import structlog
 from pydantic_core import to_json
 
 from carrel import abc
 from carrel.errors import (
+    BoundToSession,
     Draining,
     Forbidden,
     NothingToInterrupt,
     QueueFull,
+    SessionBusy,
     SessionFailed,
     SessionNotFound,
     SessionStopped,
+    StoreOutcomeUnknown,
     TurnNotCancellable,
     TurnNotFinished,
     TurnNotFound,
+    ValidationFailed,
 )
 from carrel.killpoints import reached
 from carrel.model import (
+    Budget,
     PermissionMode,
+    Principal,
     SandboxStatus,
     Session,
     SessionStatus,
@@ -41,9 +48,11 @@ from carrel.protocol.link import SetModel, SetPermissionMode
 from carrel.protocol.results import TurnResult, result_of
 from carrel.protocol.spec import LIVE_FIELDS, CreateSession, CreateTurn, SessionSpec, UpdateSession
 from carrel.sessions import transitions
+from carrel.sessions.admission import Admission, SessionLimits
 from carrel.sessions.hub import Hub
-from carrel.sessions.owner import Owner, mark_deleted, start_if_free
+from carrel.sessions.owner import Owner
 from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.steps import mark_deleted
 from carrel.sessions.streams import Streams
 from carrel.workspaces.folders import Folders
 
@@ -65,7 +74,17 @@ class ServiceOptions:
     """Bounds of what callers may do."""
 
     max_queued_turns: int = 100
+    max_waiting_turns: int = 1000
+    max_sessions: int | None = None
+    max_sessions_per_user: int | None = None
     allow_bypass: bool = True
+    metered: bool = True
+    """False: agents ask the model's provider themselves, and no budget can hold."""
+    defaults: SessionSpec = field(default_factory=SessionSpec)
+    """The options of sessions whose creators do not name them."""
+    default_ttl_seconds: int | None = None
+    trace: Callable[[], dict[str, str]] = dict
+    """The context that is stored with a turn where it is accepted; empty where nobody traces."""
 
 
 class SessionService:
@@ -79,11 +98,13 @@ class SessionService:
         scheduler: Scheduler,
         hub: Hub,
         folders: Folders,
+        admission: Admission,
         *,
         run_blocking: Callable[..., Any],
         options: ServiceOptions,
     ) -> None:
         """Make the service over the parts that do the work."""
+        self._admission = admission
         self._store = store
         self.streams = streams
         self._owner = owner
@@ -95,16 +116,45 @@ class SessionService:
 
     # ------------------------------------------------------------------------------------------------------- sessions
 
-    async def create(self, principal: str, body: CreateSession, mark: Mark | None = None) -> Session:
+    async def create(
+        self,
+        principal: Principal,
+        body: CreateSession,
+        mark: Mark | None = None,
+        *,
+        max_sessions: int | None = None,
+        max_sessions_per_user: int | None = None,
+    ) -> Session:
         """Make a session. No process is started and no model asked.
+
+        Args:
+            principal: who asks; the session is their user's.
+            body: the options.
+            mark: the Idempotency-Key of the request.
+            max_sessions: the limit of sessions in all, where the settings name none.
+            max_sessions_per_user: the same of sessions of one user.
 
         Raises:
             Forbidden: the options are not allowed here.
+            BoundToSession: the caller is bound to another session.
+            SessionLimitReached: there are as many sessions as are allowed.
+            WorkspaceMissing: the user's directory is not there, and none is made.
         """
-        spec = body.spec()
+        if principal.session_id is not None:
+            raise BoundToSession
+        spec = _with_defaults(body.spec(), self._options.defaults)
         self._check_mode(spec.permission_mode)
+        self._check_budget(body.budget)
+        if body.ttl_seconds is None:
+            body = body.model_copy(update={"ttl_seconds": self._options.default_ttl_seconds})
+        options = self._options
+        limits = SessionLimits(
+            max_sessions if options.max_sessions is None else options.max_sessions,
+            max_sessions_per_user if options.max_sessions_per_user is None else options.max_sessions_per_user,
+        )
 
         def work(tx: abc.Transaction) -> Session:
+            limits.spend(tx, principal.user)
             now = utc_now()
             session = _new_session(tx, principal, spec, body, now)
             tx.sessions.add(session)
@@ -112,24 +162,52 @@ class SessionService:
             _note(tx, mark, session.id)
             return _session(tx, principal, session.id)
 
-        return await self._store.write(work)
+        session = await self._store.write(work)
+        if session.workspace.type != "user":
+            return session
+        try:
+            await self.run_blocking(self.folders.check, session)
+        except BaseException:
+            await self.delete(principal, session.id)
+            raise
+        return session
 
-    async def get(self, principal: str, session_id: str) -> Session:
+    async def get(self, principal: Principal, session_id: str) -> Session:
         """The session. Raises SessionNotFound, also for one of somebody else's."""
         return await self._store.read(lambda tx: _session(tx, principal, session_id))
 
     async def page(
-        self, principal: str, *, status: SessionStatus | None, cursor: str | None, limit: int
+        self,
+        principal: Principal,
+        *,
+        status: SessionStatus | None,
+        cursor: str | None,
+        limit: int,
+        text: str | None = None,
     ) -> abc.Page[Session]:
-        """The caller's sessions, newest first. Raises InvalidCursor."""
-        which = abc.SessionFilter(owner=principal, status=status)
+        """The caller's sessions (an admin's: everybody's), newest first. Raises InvalidCursor.
+
+        Args:
+            principal: who asks.
+            status: only those with this status.
+            cursor: where the last page ended.
+            limit: how many at most.
+            text: only those with this in their title, or in what was said.
+        """
+        which = abc.SessionFilter(
+            owner=None if principal.is_admin else principal.user,
+            session_id=principal.session_id,
+            status=status,
+            text=text,
+        )
         return await self._store.read(lambda tx: tx.sessions.page(which, cursor=cursor, limit=limit))
 
-    async def update(self, principal: str, session_id: str, body: UpdateSession) -> Session:
+    async def update(self, principal: Principal, session_id: str, body: UpdateSession) -> Session:
         """Change what is given. Some options reach the running agent, the others its next start."""
         given = body.model_fields_set
         options = given & set(SessionSpec.model_fields)
         self._check_mode(body.permission_mode)
+        self._check_budget(body.budget)
 
         def work(tx: abc.Transaction) -> tuple[Session, str | None]:
             session = _session(tx, principal, session_id)
@@ -138,11 +216,14 @@ class SessionService:
                 changes["title"] = body.title
             if "metadata" in given:
                 changes["metadata"] = body.metadata or {}
+            if "budget" in given:
+                changes["budget"] = body.budget
             if options:
                 spec = {name: value for name, value in session.spec.items() if name not in options}
                 spec |= body.model_dump(mode="json", include=options, exclude_none=True)
-                SessionSpec.model_validate(spec)
-                changes["spec"] = spec
+                back = SessionSpec.model_validate(self._options.defaults.model_dump(include=options))
+                wanted = _with_defaults(SessionSpec.model_validate(spec), back)
+                changes["spec"] = wanted.model_dump(mode="json", exclude_none=True)
             if not changes:
                 return session, None
             updated = tx.sessions.update(session_id, **changes)
@@ -154,12 +235,13 @@ class SessionService:
         session, sandbox_id = await self._store.write(work)
         link = self._hub.link(sandbox_id) if sandbox_id else None
         if link is not None and "model" in options:
-            await link.tell(SetModel(id=new_id(), model=body.model))
-        if link is not None and "permission_mode" in options and body.permission_mode is not None:
-            await link.tell(SetPermissionMode(id=new_id(), mode=body.permission_mode))
+            await link.tell(SetModel(id=new_id(), model=session.spec.get("model")))
+        mode = session.spec.get("permission_mode")
+        if link is not None and "permission_mode" in options and mode is not None:
+            await link.tell(SetPermissionMode(id=new_id(), mode=mode))
         return session
 
-    async def delete(self, principal: str, session_id: str) -> None:
+    async def delete(self, principal: Principal, session_id: str) -> None:
         """Delete the session for good, with its files. Its processes are gone when this returns."""
 
         def work(tx: abc.Transaction) -> None:
@@ -170,7 +252,7 @@ class SessionService:
         reached("delete.marked")
         await self._scheduler.settle(session_id)
 
-    async def stop(self, principal: str, session_id: str) -> Session:
+    async def stop(self, principal: Principal, session_id: str) -> Session:
         """Stop by hand: the running turn is interrupted, queued ones are cancelled, the process ends."""
 
         def work(tx: abc.Transaction) -> None:
@@ -192,7 +274,7 @@ class SessionService:
         await self._scheduler.settle(session_id)
         return await self.get(principal, session_id)
 
-    async def resume(self, principal: str, session_id: str) -> Session:
+    async def resume(self, principal: Principal, session_id: str) -> Session:
         """Take a stopped or failed session up again; one that is neither stays as it is."""
 
         def work(tx: abc.Transaction) -> None:
@@ -204,7 +286,7 @@ class SessionService:
         self._scheduler.poke(session_id)
         return await self.get(principal, session_id)
 
-    async def interrupt(self, principal: str, session_id: str, turn_id: str | None = None) -> Turn:
+    async def interrupt(self, principal: Principal, session_id: str, turn_id: str | None = None) -> Turn:
         """Ask for the end of the turn at work (or, while none is, of the first that waits).
 
         Raises:
@@ -225,7 +307,9 @@ class SessionService:
         self._scheduler.poke(session_id)
         return turn
 
-    async def fork(self, principal: str, session_id: str, turn_id: str | None, mark: Mark | None = None) -> Session:
+    async def fork(
+        self, principal: Principal, session_id: str, turn_id: str | None, mark: Mark | None = None
+    ) -> Session:
         """A new session that goes on from the end of a turn (the last ended one), with a copy of the files as they are.
 
         Raises:
@@ -237,11 +321,14 @@ class SessionService:
             return session, _fork_point(tx, session_id, turn_id)
 
         source, turn = await self._store.read(prepare)
-        target = await self._store.write(lambda tx: tx.sessions.next_number())
+        number = await self._store.write(lambda tx: tx.sessions.next_number())
         new = new_id()
-        await self.run_blocking(self.folders.copy, (source.id, source.number), (new, target))
+        target = source.model_copy(update={"id": new, "number": number})
+        await self.run_blocking(self.folders.copy, source, target)
+        limits = SessionLimits(self._options.max_sessions, self._options.max_sessions_per_user)
 
         def work(tx: abc.Transaction) -> Session:
+            limits.spend(tx, source.owner)
             now = utc_now()
             current = _session(tx, principal, session_id)
             # A fork that has had no turn of its own yet has the conversation it was forked with.
@@ -249,8 +336,9 @@ class SessionService:
             agent_session_id = str(uuid.uuid4()) if current.agent_session_id and known else None
             session = Session(
                 id=new,
-                number=target,
-                owner=principal,
+                number=number,
+                owner=current.owner,
+                uid_number=current.uid_number,
                 status=SessionStatus.IDLE,
                 title=current.title,
                 spec=current.spec,
@@ -259,6 +347,7 @@ class SessionService:
                 forked_from=session_id,
                 agent_session_id=agent_session_id,
                 cost_usd=0.0,
+                budget=current.budget,
                 ttl_seconds=current.ttl_seconds,
                 created_at=now,
                 last_active_at=now,
@@ -283,11 +372,13 @@ class SessionService:
 
         try:
             return await self._store.write(work)
+        except StoreOutcomeUnknown:
+            raise  # it may have been made, and then has these files
         except BaseException:
             await self.run_blocking(self.folders.remove, new)
             raise
 
-    async def export(self, principal: str, session_id: str) -> AsyncIterator[bytes]:
+    async def export(self, principal: Principal, session_id: str) -> AsyncIterator[bytes]:
         """Everything of the session as lines of JSON: the session, its turns, its events, its transcript."""
         session = await self.get(principal, session_id)
         return self._export(session)
@@ -319,34 +410,72 @@ class SessionService:
     # ---------------------------------------------------------------------------------------------------------- turns
 
     async def create_turn(
-        self, principal: str, session_id: str, body: CreateTurn, mark: Mark | None = None
+        self,
+        principal: Principal,
+        session_id: str,
+        body: CreateTurn,
+        mark: Mark | None = None,
+        *,
+        alone: bool = False,
     ) -> tuple[Turn, int]:
         """Queue a prompt. Answers the turn, and the `seq` of the event before its first one.
 
+        Args:
+            principal: who prompts.
+            session_id: the session.
+            body: the prompt.
+            mark: noted beside it.
+            alone: whether it is refused, and not queued, while another turn waits or runs.
+
         Raises:
+            SessionBusy: `alone`, and it would not be.
             SessionStopped: the session is stopped.
             SessionFailed: the session could not be started.
             QueueFull: too many turns wait already.
             Draining: the server is shutting down.
+            OutOfMemory: the session has no sandbox, and there is no memory for one.
         """
         if self._owner.draining:
             raise Draining
+        self._check_budget(body.budget)
+        await self._wait_for_memory(principal, session_id)
 
         link = await self._owner.idle_agent(session_id)
+        trace = self._options.trace()
 
         def work(tx: abc.Transaction) -> tuple[Turn, int, Turn | None]:
             session = _session(tx, principal, session_id)
-            turn, before = self._queue(tx, session, body, mark)
-            return turn, before, start_if_free(tx, turn.id, link.sandbox_id) if link is not None else None
+            if alone and (tx.turns.live(session_id) is not None or tx.turns.queued(session_id)):
+                raise SessionBusy
+            turn, before = self._queue(tx, session, body, mark, trace)
+            if link is None:
+                return turn, before, None
+            return turn, before, self._owner.start_if_free(tx, turn.id, link.sandbox_id)
 
         turn, before, started = await self._store.write(work)
+        structlog.contextvars.bind_contextvars(session_id=session_id, turn_id=turn.id)
         reached("turn.stored")
         if link is not None and started is not None:
             await self._owner.hand_over(started, link)
         self._scheduler.poke(session_id)
         return turn, before
 
-    def _queue(self, tx: abc.Transaction, session: Session, body: CreateTurn, mark: Mark | None) -> tuple[Turn, int]:
+    async def _wait_for_memory(self, principal: Principal, session_id: str) -> None:
+        """A session that has no sandbox waits for room for one, or is turned away."""
+        if self._owner.memory.room(session_id):
+            return
+
+        def needs_one(tx: abc.Transaction) -> bool:
+            session = _session(tx, principal, session_id)
+            unavailable = session.status in (SessionStatus.STOPPED, SessionStatus.FAILED)
+            return not unavailable and tx.sandboxes.current(session_id) is None
+
+        if await self._store.read(needs_one):
+            await self._owner.memory.wait_for_room(session_id)
+
+    def _queue(
+        self, tx: abc.Transaction, session: Session, body: CreateTurn, mark: Mark | None, trace: dict[str, str]
+    ) -> tuple[Turn, int]:
         if session.status is SessionStatus.STOPPED:
             raise SessionStopped
         if session.status is SessionStatus.FAILED:
@@ -354,6 +483,8 @@ class SessionService:
         waiting = tx.turns.queued(session.id)
         if len(waiting) >= self._options.max_queued_turns:
             raise QueueFull(self._options.max_queued_turns)
+        if tx.counts.queued_turns() >= self._options.max_waiting_turns:
+            raise QueueFull(self._options.max_waiting_turns, of_session=False)
         now = utc_now()
         seconds = body.queue_timeout_seconds
         turn = Turn(
@@ -362,23 +493,24 @@ class SessionService:
             number=tx.turns.next_number(session.id),
             status=TurnStatus.QUEUED,
             content=body.blocks(),
-            options=body.options().model_dump(mode="json", exclude_none=True),
+            options=body.options().model_dump(mode="json", exclude_none=True) | ({"trace": trace} if trace else {}),
             cost_usd=None,
             created_at=now,
             expires_at=None if seconds is None else now + timedelta(seconds=seconds),
         )
         tx.turns.add(turn)
         ahead = len(waiting) + (1 if tx.turns.live(session.id) is not None else 0)
-        transitions.emit(tx, session.id, TurnQueued(number=turn.number, ahead=ahead), turn_id=turn.id)
+        place = self._admission.place(tx, turn.id, ahead)
+        transitions.emit(tx, session.id, TurnQueued(number=turn.number, ahead=ahead, place=place), turn_id=turn.id)
         tx.sessions.update(session.id, turn_count=session.turn_count + 1, **transitions.touch(session, now))
         _note(tx, mark, turn.id)
         return turn, session.last_seq
 
-    async def turn(self, principal: str, session_id: str, turn_id: str) -> Turn:
+    async def turn(self, principal: Principal, session_id: str, turn_id: str) -> Turn:
         """The turn. Raises TurnNotFound."""
         return await self._store.read(lambda tx: _turn(tx, principal, session_id, turn_id))
 
-    async def turns(self, principal: str, session_id: str, *, cursor: str | None, limit: int) -> abc.Page[Turn]:
+    async def turns(self, principal: Principal, session_id: str, *, cursor: str | None, limit: int) -> abc.Page[Turn]:
         """The session's turns, newest first. Raises InvalidCursor."""
 
         def work(tx: abc.Transaction) -> abc.Page[Turn]:
@@ -387,7 +519,7 @@ class SessionService:
 
         return await self._store.read(work)
 
-    async def cancel_turn(self, principal: str, session_id: str, turn_id: str) -> Turn:
+    async def cancel_turn(self, principal: Principal, session_id: str, turn_id: str) -> Turn:
         """Take a queued turn back. Raises TurnNotCancellable once it runs or has ended."""
 
         def work(tx: abc.Transaction) -> Turn:
@@ -399,19 +531,19 @@ class SessionService:
 
         return await self._store.write(work)
 
-    async def wait_for_turn(self, principal: str, session_id: str, turn_id: str, *, after: int) -> TurnResult:
+    async def wait_for_turn(self, principal: Principal, session_id: str, turn_id: str, *, after: int) -> TurnResult:
         """Wait until the turn has ended, and answer its result. `after`: a `seq` before its first event."""
         async for _ in self.streams.follow(session_id, after=after, until_turn=turn_id):
             pass
         return await self.result(principal, session_id, turn_id)
 
-    async def result(self, principal: str, session_id: str, turn_id: str) -> TurnResult:
+    async def result(self, principal: Principal, session_id: str, turn_id: str) -> TurnResult:
         """What a turn has come to."""
         turn = await self.turn(principal, session_id, turn_id)
         events = [event async for page in self._pages(session_id, turn_id) for event in page]
         return result_of(turn, events)
 
-    async def events(self, principal: str, session_id: str, *, after: int, limit: int) -> list[StoredEvent]:
+    async def events(self, principal: Principal, session_id: str, *, after: int, limit: int) -> list[StoredEvent]:
         """Stored events with a higher `seq` than `after`."""
 
         def work(tx: abc.Transaction) -> list[StoredEvent]:
@@ -436,6 +568,10 @@ class SessionService:
         """Have the session looked at, and wait for that."""
         await self._scheduler.settle(session_id)
 
+    def _check_budget(self, budget: Budget | None) -> None:
+        if budget is not None and not budget.unlimited and not self._options.metered:
+            raise ValidationFailed("budget: none can hold here, since agents ask the model's provider themselves")
+
     def _check_mode(self, mode: PermissionMode | None) -> None:
         if mode is PermissionMode.BYPASS and not self._options.allow_bypass:
             raise Forbidden(
@@ -447,14 +583,14 @@ class SessionService:
 # --------------------------------------------------------------------------------------------------- the transactions
 
 
-def _session(tx: abc.Transaction, principal: str, session_id: str) -> Session:
+def _session(tx: abc.Transaction, principal: Principal, session_id: str) -> Session:
     session = tx.sessions.get(session_id)
-    if session is None or session.owner != principal:
+    if session is None or not principal.may_see(session):
         raise SessionNotFound
     return session
 
 
-def _turn(tx: abc.Transaction, principal: str, session_id: str, turn_id: str) -> Turn:
+def _turn(tx: abc.Transaction, principal: Principal, session_id: str, turn_id: str) -> Turn:
     _session(tx, principal, session_id)
     turn = tx.turns.get(turn_id)
     if turn is None or turn.session_id != session_id:
@@ -462,22 +598,43 @@ def _turn(tx: abc.Transaction, principal: str, session_id: str, turn_id: str) ->
     return turn
 
 
-def _new_session(tx: abc.Transaction, principal: str, spec: SessionSpec, body: CreateSession, now: Any) -> Session:
+def _new_session(
+    tx: abc.Transaction, principal: Principal, spec: SessionSpec, body: CreateSession, now: datetime
+) -> Session:
+    workspace = body.workspace or Workspace()
     session = Session(
         id=new_id(),
         number=tx.sessions.next_number(),
-        owner=principal,
+        owner=principal.user,
+        uid_number=number_of_user(tx, principal.user) if workspace.type == "user" else None,
         status=SessionStatus.IDLE,
         title=body.title,
         spec=spec.model_dump(mode="json", exclude_none=True),
-        workspace=body.workspace or Workspace(),
+        workspace=workspace,
         metadata=body.metadata or {},
         cost_usd=0.0,
+        budget=body.budget,
         ttl_seconds=body.ttl_seconds,
         created_at=now,
         last_active_at=now,
     )
     return session.model_copy(update=transitions.touch(session, now))
+
+
+def _with_defaults(given: SessionSpec, defaults: SessionSpec) -> SessionSpec:
+    """The options as given, and the defaults of those that are not."""
+    spec = defaults.model_dump(exclude_none=True) | given.model_dump(exclude_none=True)
+    if given.append_system_prompt is not None and given.system_prompt is None:
+        spec.pop("system_prompt", None)  # what is added to Claude Code's own prompt wants that one
+    return SessionSpec.model_validate(spec)
+
+
+def number_of_user(tx: abc.Transaction, user_id: str) -> int:
+    """Sessions and users are numbered from one counter, so that no two have the same files."""
+    user = tx.users.get(user_id)
+    if user is None or user.number is None:
+        return tx.users.update(user_id, number=tx.sessions.next_number()).number or 0
+    return user.number
 
 
 def _fork_point(tx: abc.Transaction, session_id: str, turn_id: str | None) -> Turn | None:

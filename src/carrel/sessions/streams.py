@@ -5,22 +5,31 @@ The bus is a hint and the store the truth: an event whose `seq` is not the next 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from carrel import abc
+from carrel.errors import StoreUnavailable
 from carrel.protocol.events import Delta, DeltaKind, StoredEvent
 from carrel.sessions.live import BlockKey, Live
 
 _PAGE_EVENTS = 500
 _PAGE_BYTES = 1024 * 1024
 DEFAULT_BUFFER_BYTES = 4 * 1024 * 1024
+_STORE_AWAY_SECONDS = 0.5
 
 
 class Streams:
     """Follows sessions for any number of viewers."""
 
     def __init__(
-        self, store: abc.Store, bus: abc.EventBus, live: Live, *, buffer_bytes: int = DEFAULT_BUFFER_BYTES
+        self,
+        store: abc.Store,
+        bus: abc.EventBus,
+        live: Live,
+        *,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
+        observer: abc.Observer = abc.Observer(),
     ) -> None:
         """Make it over a store and a bus.
 
@@ -29,11 +38,13 @@ class Streams:
             bus: what tells of new frames.
             live: the blocks that are being made.
             buffer_bytes: how much waits for a viewer that does not read, before it is sent back to the store.
+            observer: told of what viewers are handed.
         """
         self._store = store
         self._bus = bus
         self._live = live
         self._buffer_bytes = buffer_bytes
+        self._observer = observer
 
     async def follow(
         self,
@@ -43,7 +54,7 @@ class Streams:
         deltas: bool = False,
         until_turn: str | None = None,
         heartbeat_seconds: float = 15.0,
-    ) -> AsyncIterator[list[abc.Frame]]:
+    ) -> AsyncGenerator[list[abc.Frame], None]:
         """Yield every event with a higher `seq` than `after`, and what comes, in batches.
 
         An empty batch says that nothing has happened for `heartbeat_seconds`. Ends with the session, or with the end
@@ -52,8 +63,14 @@ class Streams:
         viewer = _Viewer(session_id, after, deltas, until_turn, self._live)
         async with self._bus.subscribe(session_id, max_bytes=self._buffer_bytes) as subscription:
             while not viewer.over:
-                async for batch in self._catch_up(viewer):
-                    yield batch
+                try:
+                    async for batch in self._catch_up(viewer):
+                        yield batch
+                except StoreUnavailable:
+                    # Whoever has come so far waits for what comes next; a store that is away is one more reason to.
+                    yield []
+                    await asyncio.sleep(_STORE_AWAY_SECONDS)
+                    continue
                 if viewer.over:
                     return
                 if deltas and (open_ := viewer.take(self._live.so_far(session_id))):
@@ -68,6 +85,7 @@ class Streams:
                         yield []
                         break
                     if batch := viewer.take(frames):
+                        self._observer.delivered(batch)
                         yield batch
 
     async def _catch_up(self, viewer: _Viewer) -> AsyncIterator[list[abc.Frame]]:

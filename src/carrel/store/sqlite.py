@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,28 +22,15 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from carrel import abc
+from carrel.errors import StoreFull
 from carrel.protocol.events import StoredEvent
-from carrel.store import rows
 from carrel.store.schema import bring_up_to_date
+from carrel.store.transaction import SqlTransaction
 
 _READERS = 4
 _GROUP = 200
 
 T = TypeVar("T")
-
-
-class SqlTransaction(abc.Transaction):
-    """Rows as one SQL transaction sees them."""
-
-    def __init__(self, connection: sa.Connection) -> None:
-        self.sessions = rows.SqlSessions(connection)
-        self.turns = rows.SqlTurns(connection)
-        self.log = rows.SqlEvents(connection)
-        self.events = self.log
-        self.transcripts = rows.SqlTranscripts(connection)
-        self.sandboxes = rows.SqlSandboxes(connection)
-        self.usage = rows.SqlUsage(connection)
-        self.idempotency = rows.SqlIdempotency(connection)
 
 
 @dataclass(eq=False)
@@ -54,17 +42,21 @@ class _Job(Generic[T]):
     appended: list[StoredEvent] = field(default_factory=list)
 
     def run(self, connection: sa.Connection) -> None:
-        transaction = SqlTransaction(connection)
+        transaction = SqlTransaction(connection, writing=True)
         # In plain words: SQLAlchemy's own savepoints take ten times as long.
         connection.exec_driver_sql("SAVEPOINT job")
         try:
             self.result = self.work(transaction)
         except BaseException as error:
+            engine: Any = connection.connection.dbapi_connection
+            if not engine.in_transaction:
+                # Where the disk is full, SQLite takes the whole transaction back by itself.
+                raise
             connection.exec_driver_sql("ROLLBACK TO job")
+            connection.exec_driver_sql("RELEASE job")
             self.error = error
             return
-        finally:
-            connection.exec_driver_sql("RELEASE job")
+        connection.exec_driver_sql("RELEASE job")
         self.appended = transaction.log.appended
 
 
@@ -94,6 +86,8 @@ class SqliteStore(abc.Store):
     async def start(self, exit_stack: AsyncExitStack) -> None:
         """Open, and bring the schema up to date; closing is registered with `exit_stack`."""
         self._loop = asyncio.get_running_loop()
+        if self._path is not None:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._writer = self._engine("BEGIN IMMEDIATE", poolclass=StaticPool)
         exit_stack.callback(self._writer.dispose)
         await asyncio.to_thread(self._migrate)
@@ -134,6 +128,8 @@ class SqliteStore(abc.Store):
         def configure(connection: Any, _: Any) -> None:
             # The driver's own implicit BEGIN would start a deferred transaction, which can fail half way through.
             connection.isolation_level = None
+            # SQLite's own knows no letters but the first 128.
+            connection.create_function("lower", 1, _lower, deterministic=True)
             for pragma in ("journal_mode=WAL", f"synchronous={self._synchronous}", "busy_timeout=10000"):
                 connection.execute(f"PRAGMA {pragma}")
 
@@ -174,7 +170,7 @@ class SqliteStore(abc.Store):
         except BaseException as error:
             # The commit itself failed (a full disk, say): nothing of the group is stored.
             for job in group:
-                job.error = job.error or error
+                job.error = _told(job.error or error)
 
     def _finish(self, group: list[_Job[Any]]) -> None:
         for job in group:
@@ -186,3 +182,16 @@ class SqliteStore(abc.Store):
                 job.done.set_exception(job.error)
             else:
                 job.done.set_result(job.result)
+
+
+def _told(error: BaseException) -> BaseException:
+    """What a caller is told of an error of the engine's."""
+    origin = getattr(error, "orig", None)
+    full = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE}
+    if isinstance(origin, sqlite3.OperationalError) and origin.sqlite_errorcode in full:
+        return StoreFull(operator_detail=repr(origin))
+    return error
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value

@@ -40,6 +40,10 @@ class Moment(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+# To SQLite every integer is a long one, and its first migrations have no other word for it.
+_LONG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
 def _id(name: str = "id", **options: Any) -> sa.Column[str]:
     return sa.Column(name, sa.String(36), **options)
 
@@ -61,6 +65,7 @@ sessions = sa.Table(
     _id(primary_key=True),
     sa.Column("number", sa.BigInteger, nullable=False, unique=True),
     sa.Column("owner", sa.String(128), nullable=False),
+    sa.Column("uid_number", sa.BigInteger),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("stop_reason", sa.String(32)),
     sa.Column("title", sa.Text),
@@ -74,11 +79,12 @@ sessions = sa.Table(
     sa.Column("turn_count", sa.Integer, nullable=False),
     sa.Column("usage", sa.JSON, nullable=False),
     sa.Column("cost_usd", sa.Float),
+    sa.Column("budget", sa.JSON(none_as_null=True)),
     sa.Column("error", sa.JSON),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("last_active_at", Moment, nullable=False),
     sa.Column("expires_at", Moment),
-    sa.Column("ttl_seconds", sa.Integer),
+    sa.Column("ttl_seconds", _LONG),
     sa.Column("deleting", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("ix_sessions_owner_number", "owner", "number"),
     sa.Index("ix_sessions_status_number", "status", "number"),
@@ -155,11 +161,13 @@ sandboxes = sa.Table(
     sa.Index("ix_sandboxes_status", "status"),
 )
 
+# Usage outlives its session: what was spent stays spent.
 usage = sa.Table(
     "usage",
     metadata,
     _id(primary_key=True),
-    _of_session(nullable=False),
+    sa.Column("session_id", sa.String(36), nullable=False),
+    sa.Column("user_id", sa.String(128), nullable=False, server_default="admin"),
     sa.Column("turn_id", sa.String(36)),
     sa.Column("model", sa.String(200), nullable=False),
     sa.Column("input_tokens", sa.BigInteger, nullable=False),
@@ -170,6 +178,79 @@ usage = sa.Table(
     sa.Column("at", Moment, nullable=False),
     sa.Index("ix_usage_turn_id", "turn_id"),
     sa.Index("ix_usage_session_id_at", "session_id", "at"),
+    sa.Index("ix_usage_user_id_at", "user_id", "at"),
+)
+
+reservations = sa.Table(
+    "reservations",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("session_id", sa.String(36), nullable=False),
+    sa.Column("user_id", sa.String(128), nullable=False),
+    sa.Column("turn_id", sa.String(36)),
+    sa.Column("model", sa.String(200), nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("cost_usd", sa.Float),
+    sa.Column("at", Moment, nullable=False),
+    sa.Index("ix_reservations_user_id", "user_id"),
+    sa.Index("ix_reservations_session_id", "session_id"),
+)
+
+users = sa.Table(
+    "users",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("disabled", sa.Boolean, nullable=False),
+    sa.Column("budget", sa.JSON(none_as_null=True)),
+    sa.Column("daily_budget", sa.JSON(none_as_null=True)),
+    sa.Column("max_sessions", sa.Integer),
+    sa.Column("number", sa.BigInteger),
+    sa.Column("created_at", Moment, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("user_id", sa.String(64), sa.ForeignKey("users.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("name", sa.String(200)),
+    sa.Column("prefix", sa.String(32), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("expires_at", Moment),
+    sa.Column("revoked_at", Moment),
+    sa.Column("last_used_at", Moment),
+    sa.Index("ix_api_keys_user_id", "user_id"),
+)
+
+tickets = sa.Table(
+    "tickets",
+    metadata,
+    sa.Column("hash", sa.String(64), primary_key=True),
+    sa.Column("principal", sa.JSON, nullable=False),
+    sa.Column("reusable", sa.Boolean, nullable=False),
+    sa.Column("expires_at", Moment, nullable=False),
+    sa.Index("ix_tickets_expires_at", "expires_at"),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("at", Moment, nullable=False),
+    sa.Column("principal", sa.String(256), nullable=False),
+    sa.Column("user_id", sa.String(128)),
+    sa.Column("action", sa.String(128), nullable=False),
+    sa.Column("object_type", sa.String(32)),
+    sa.Column("object_id", sa.String(128)),
+    sa.Column("address", sa.String(64)),
+    sa.Column("request_id", sa.String(64)),
+    sa.Column("outcome", sa.Integer, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),
+    sa.Index("ix_audit_at", "at"),
+    sa.Index("ix_audit_user_id_at", "user_id", "at"),
+    sa.Index("ix_audit_object_id", "object_id"),
 )
 
 idempotency = sa.Table(
@@ -184,4 +265,13 @@ idempotency = sa.Table(
     sa.Column("body", sa.Text),
     sa.Column("created_at", Moment, nullable=False),
     sa.Index("ix_idempotency_created_at", "created_at"),
+)
+
+# PostgreSQL: which of its transactions each connection has committed last, for when a commit's answer is lost.
+commits = sa.Table(
+    "commits",
+    metadata,
+    _id("writer", primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    sa.Column("at", Moment, nullable=False),
 )

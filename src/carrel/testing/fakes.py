@@ -175,6 +175,8 @@ class FakeRunner:
         self.host = host
         self.spec = spec
         self.alive = True
+        self.usage = abc.SandboxUsage(memory_bytes=100 * 2**20, processes=10, cpu_seconds=0.1)
+        """What it is measured to take."""
         self.running: FakeTurn | None = None
         self.model: str | None = None
         self.permission_mode: str | None = None
@@ -506,6 +508,11 @@ class FakeRuntime(abc.Runtime):
     async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:
         """Whether each runner is alive."""
         return {i: i in self._host.runners and self._host.runners[i].alive for i in states}
+
+    async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, abc.SandboxUsage]:
+        """What each runner says that it takes."""
+        runners = {i: self._host.runners[i] for i in states if i in self._host.runners}
+        return {i: runner.usage for i, runner in runners.items() if runner.alive}
 
     async def owned(self) -> Mapping[str, dict[str, Any]]:
         """Every sandbox with something left."""

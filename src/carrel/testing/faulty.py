@@ -26,6 +26,7 @@ __all__ = [
     "RuntimeThatFailsToLaunch",
     "RuntimeThatHidesItsOrphans",
     "RuntimeThatLeavesItsProcesses",
+    "RuntimeThatMeasuresTheDead",
     "RuntimeThatNeverConnects",
     "RuntimeThatTakesTheLivingForDead",
     "RuntimeThatWritesItsTokensDown",
@@ -226,6 +227,9 @@ class _Runtime(abc.Runtime):
     async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:
         return await self._inner.probe(states)
 
+    async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, abc.SandboxUsage]:
+        return await self._inner.measure(states)
+
     async def owned(self) -> Mapping[str, dict[str, Any]]:
         return await self._inner.owned()
 
@@ -273,6 +277,10 @@ class RuntimeThatNeverConnects(_Runtime):
         """It is alive until it is ended."""
         return {sandbox_id: sandbox_id in self._alive for sandbox_id in states}
 
+    async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, abc.SandboxUsage]:
+        """It takes nothing."""
+        return {}
+
     async def owned(self) -> Mapping[str, dict[str, Any]]:
         """What was not ended."""
         return {sandbox_id: {"sandbox_id": sandbox_id} for sandbox_id in self._alive}
@@ -315,6 +323,19 @@ class RuntimeThatLeavesItsProcesses(_Runtime):
 
     async def terminate(self, state: Mapping[str, Any]) -> None:
         """Do nothing."""
+
+
+class RuntimeThatMeasuresTheDead(_Runtime):
+    """Goes on telling what a sandbox took when last it ran."""
+
+    def __init__(self, inner: abc.Runtime) -> None:
+        super().__init__(inner)
+        self._known: dict[str, abc.SandboxUsage] = {}
+
+    async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, abc.SandboxUsage]:
+        """Measure, or remember."""
+        self._known |= await self._inner.measure(states)
+        return {sandbox_id: usage for sandbox_id, usage in self._known.items() if sandbox_id in states}
 
 
 class RuntimeThatTakesTheLivingForDead(_Runtime):

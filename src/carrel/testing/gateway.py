@@ -12,12 +12,15 @@ from typing import Any
 
 from carrel import abc
 from carrel.buses import MemoryBus
-from carrel.model import Session, SessionStatus, Turn
+from carrel.model import Principal, Session, SessionStatus, Turn
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
+from carrel.sessions.admission import Admission
+from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
 from carrel.sessions.live import Live
+from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.scheduler import Scheduler
@@ -30,6 +33,8 @@ from carrel.workspaces.folders import Folders
 __all__ = ["FakeGateway"]
 
 _PATIENCE_SECONDS = 20.0
+
+ALICE = Principal.of_user("alice")
 
 
 class FakeGateway:
@@ -45,14 +50,17 @@ class FakeGateway:
         host: FakeHost,
         folder: Path,
         *,
-        principal: str = "alice",
+        principal: Principal = ALICE,
         owner_options: OwnerOptions = OwnerOptions(),
         service_options: ServiceOptions = ServiceOptions(),
         wrap_store: Callable[[abc.Store], abc.Store] = lambda store: store,
         wrap_bus: Callable[[abc.EventBus], abc.EventBus] = lambda bus: bus,
         wrap_runtime: Callable[[abc.Runtime], abc.Runtime] = lambda runtime: runtime,
         check_model: Callable[[], object] = lambda: None,
+        max_concurrent_turns: int | None = None,
         buffer_bytes: int = 4 * 1024 * 1024,
+        observer: abc.Observer = abc.Observer(),
+        memory: Memory | None = None,
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -65,29 +73,40 @@ class FakeGateway:
             wrap_store: puts something between the gateway and its store; likewise for bus and runtime.
             wrap_bus: see there.
             wrap_runtime: see there.
+            max_concurrent_turns: how many turns may be at work at once.
             check_model: raises a CarrelError while no turn could reach the model.
             buffer_bytes: how much waits for a viewer that does not read.
+            observer: told of what happens.
+            memory: the soft limit on what sandboxes take; None: none.
         """
         self.host = host
         self.principal = principal
         self.bus = wrap_bus(MemoryBus())
-        self.live = Live(self.bus)
+        self.live = Live(self.bus, observer)
         self.runtime = wrap_runtime(FakeRuntime(host))
-        self.folders = Folders(folder / "sessions", first_uid=None)
+        self.folders = Folders(folder / "sessions", users=folder / "users", first_uid=None)
         self.scheduler: Scheduler
         self.store = wrap_store(SqliteStore(folder / "carrel.db", on_commit=self.live.stored))
-        self.hub = Hub(self.store, self.live, lambda session_id: self.scheduler.poke(session_id))
+        self.hub = Hub(self.store, self.live, lambda session_id: self.scheduler.poke(session_id), observer)
+        self.admission = Admission(
+            self.store,
+            lambda session_id: self.scheduler.poke(session_id),
+            max_concurrent_turns=max_concurrent_turns,
+        )
+        self.live.observers.append(self.admission.heard)
         self.owner = Owner(
             self.store,
             self.runtime,
             self.folders,
             self.hub,
+            self.admission,
             check_model=check_model,
             run_blocking=asyncio.to_thread,
             options=owner_options,
+            memory=memory,
         )
         self.scheduler = Scheduler(self.owner.step)
-        self.streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer_bytes)
+        self.streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer_bytes, observer=observer)
         self.service = SessionService(
             self.store,
             self.streams,
@@ -95,14 +114,16 @@ class FakeGateway:
             self.scheduler,
             self.hub,
             self.folders,
+            self.admission,
             run_blocking=asyncio.to_thread,
             options=service_options,
         )
         self.reconciler = Reconciler(self.store, self.runtime, self.scheduler)
+        self.guard = Guard(self.store, self.runtime, self.hub, self.owner, self.scheduler)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> FakeGateway:
-        for part in (self.bus, self.store, self.runtime, self.scheduler):
+        for part in (self.bus, self.store, self.runtime, self.scheduler, self.admission):
             await part.start(self._stack)
         self.host.connect(self.hub.serve)
         self._stack.push_async_callback(self.host.disconnect)

@@ -76,10 +76,14 @@ class WorkspaceFiles:
     that cannot be one, `FileNotFound` for one that leads nowhere, and `PathConflict` where a symbolic link is on the
     way, permission is missing, or the agent changes things faster than they can be used. An `OSError` that is about
     the disk (full, over quota, broken) is passed on as it is.
+
+    Where the root itself, or a folder above it, is within an agent's reach, `within` names the last folder that is
+    not: from there on the way to the root is walked as every other path is.
     """
 
-    def __init__(self, root: Path, *, owner: Owner | None = None) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, owner: Owner | None = None, within: Path | None = None) -> None:
+        self._within = within or root
+        self._way = tuple(os.fsencode(part) for part in root.relative_to(self._within).parts)
         self._owner = owner
 
     def tree(self, path: str = "", *, limit: int, after: str | None = None, recursive: bool = True) -> list[FileEntry]:
@@ -137,11 +141,25 @@ class WorkspaceFiles:
         with self._opened(names[:-1], path) as directory, _translated(path):
             return os.fdopen(_open_regular(directory, names[-1], self._linkable_uid()), "rb")
 
-    def write(self, path: str, chunks: Iterable[bytes], *, max_bytes: int | None = None) -> FileEntry:
+    def make(self) -> None:
+        """Makes the root, with what is missing above it, and gives all that is in it to the owner if it is not theirs.
+
+        Call it while no agent of the owner's is at work for the first time.
+        """
+        with self._opened((), "", create=True) as directory, _translated(""):
+            if self._owner is None or os.geteuid() != 0 or os.fstat(directory).st_uid == self._owner[0]:
+                return
+            for _, directories, files, fd in os.fwalk(".", dir_fd=directory, follow_symlinks=False):
+                for name in (".", *directories, *files):
+                    os.chown(name, *self._owner, dir_fd=fd, follow_symlinks=False)
+
+    def write(
+        self, path: str, chunks: Iterable[bytes], *, max_bytes: int | None = None, mode: int = 0o644
+    ) -> FileEntry:
         """Writes a file whole: readers see the old content or the new, never a part, whatever happens on the way.
 
         Missing parents are made, and stay if the write fails. A regular file is replaced and its permission bits
-        are kept; a new one has 0644. What `chunks` raises is passed on and leaves the old content. The new content
+        are kept; a new one has `mode`. What `chunks` raises is passed on and leaves the old content. The new content
         is not forced to the disk, so a power cut may lose it.
 
         Raises `InvalidPath` for a name with control characters or bytes that are not UTF-8, `PathConflict` where
@@ -150,7 +168,7 @@ class WorkspaceFiles:
         names = _parse_new(path)
         with self._opened(names[:-1], path, create=True) as directory:
             with _translated(path):
-                mode = _mode_of_replaced(directory, names[-1], path)
+                mode = _mode_of_replaced(directory, names[-1], path, mode)
                 temporary = b".carrel-%s.tmp" % secrets.token_hex(8).encode()
                 # Ours alone until it is complete: the agent may remove it, but not change what is being written.
                 out = os.fdopen(os.open(temporary, _CREATE, 0o600, dir_fd=directory), "wb")
@@ -215,9 +233,9 @@ class WorkspaceFiles:
     @contextlib.contextmanager
     def _opened(self, names: tuple[bytes, ...], path: str, *, create: bool = False) -> Iterator[int]:
         with _translated(path):
-            fd = os.open(self._root, _DIRECTORY)
+            fd = os.open(self._within, _DIRECTORY)
         try:
-            for name in names:
+            for name in self._way + names:
                 with _translated(path):
                     child = self._open_child(fd, name, path, create=create)
                 os.close(fd)
@@ -578,11 +596,11 @@ def _open_regular(directory: int, name: bytes, linkable_uid: int | None) -> int:
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
-def _mode_of_replaced(directory: int, name: bytes, path: str) -> int:
+def _mode_of_replaced(directory: int, name: bytes, path: str, new: int) -> int:
     try:
         replaced = _lstat(name, directory)
     except FileNotFoundError:
-        return 0o644
+        return new
     if not stat.S_ISREG(replaced.st_mode):
         raise errors.PathConflict(path, f"there is a {_type_of(replaced.st_mode)} of that name")
     return replaced.st_mode & 0o777

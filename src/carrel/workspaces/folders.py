@@ -6,59 +6,112 @@ import os
 import shutil
 from pathlib import Path
 
+from carrel.errors import FileNotFound, WorkspaceMissing
+from carrel.model import Session
 from carrel.workspaces.files import WorkspaceFiles
+from carrel.workspaces.user_config import show_user_config
 
 
 class Folders:
-    """A folder per session under one root."""
+    """A folder per session under one root, and a directory per user under another."""
 
-    def __init__(self, root: Path, *, first_uid: int | None) -> None:
-        """Look after the folders under `root`.
+    def __init__(self, root: Path, *, users: Path, first_uid: int | None, make_user_directories: bool = True) -> None:
+        """Look after the folders under `root` and `users`.
 
         Args:
             root: made when it is not there; private to us.
+            users: the same, for the directories of users.
             first_uid: where each session has a user of its own, the first of their ids; None where all are ours.
+            make_user_directories: whether a user's directory that is not there is made.
         """
         self._root = root
+        self._users = users
         self._first_uid = first_uid
+        self._make_user_directories = make_user_directories
 
-    def paths(self, session_id: str) -> tuple[str, str]:
-        """The workspace and the home."""
-        folder = self._root / session_id
-        return str(folder / "workspace"), str(folder / "home")
+    def workspace(self, session: Session) -> Path:
+        """Where the session's files are."""
+        if session.workspace.type == "user":
+            return self._users / session.owner / (session.workspace.subdir or "")
+        return self._root / session.id / "workspace"
 
-    def owner(self, number: int) -> tuple[int, int] | None:
+    def within(self, session: Session) -> Path | None:
+        """The last folder above the workspace that no agent can change; None where that is the workspace itself."""
+        return self._users if session.workspace.type == "user" else None
+
+    def home(self, session: Session) -> Path:
+        """The agent's home."""
+        return self._root / session.id / "home"
+
+    def owner(self, session: Session) -> tuple[int, int] | None:
         """The user and group that the files of this session belong to; None for our own."""
         if self._first_uid is None:
             return None
-        return self._first_uid + number, self._first_uid + number
+        uid = self._first_uid + (session.uid_number or session.number)
+        return uid, uid
 
-    def make(self, session_id: str, number: int) -> None:
-        """Make both, if they are not there."""
-        owner = self.owner(number)
-        (self._root / session_id).mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in self.paths(session_id):
-            try:
-                os.mkdir(path, 0o700)
-            except FileExistsError:
-                continue
-            if owner is not None:
-                os.chown(path, *owner)
+    def make(self, session: Session) -> None:
+        """Make both, if they are not there, and show the agent what its user has set up for every session.
 
-    def files(self, session_id: str, number: int) -> WorkspaceFiles:
+        No agent of the session may be at work.
+
+        Raises:
+            WorkspaceMissing: the user's directory is not there, and none is made.
+        """
+        self._make_both(session)
+        show_user_config(
+            WorkspaceFiles(self._users / session.owner, within=self._users),
+            WorkspaceFiles(self.home(session), owner=self.owner(session)),
+            self._root / session.id / "user-config.json",
+        )
+
+    def _make_both(self, session: Session) -> None:
+        (self._root / session.id).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make(self.home(session), self.owner(session))
+        if session.workspace.type == "user":
+            self.check(session)
+        else:
+            self._make(self.workspace(session), self.owner(session))
+
+    def check(self, session: Session) -> None:
+        """Make sure that the workspace of a session that is to be made can be used. Raises WorkspaceMissing."""
+        if session.workspace.type != "user":
+            return
+        self._users.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files = self._files(session)
+        if self._make_user_directories:
+            files.make()
+            return
+        try:
+            files.stat("")
+        except FileNotFound as error:
+            raise WorkspaceMissing from error
+
+    def _make(self, path: Path, owner: tuple[int, int] | None) -> None:
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            return
+        if owner is not None:
+            os.chown(path, *owner)
+
+    def _files(self, session: Session) -> WorkspaceFiles:
+        return WorkspaceFiles(self.workspace(session), owner=self.owner(session), within=self.within(session))
+
+    def files(self, session: Session) -> WorkspaceFiles:
         """The files of the workspace; it is made if it is not there."""
-        self.make(session_id, number)
-        return WorkspaceFiles(Path(self.paths(session_id)[0]), owner=self.owner(number))
+        self._make_both(session)
+        return self._files(session)
 
-    def copy(self, source: tuple[str, int], target: tuple[str, int]) -> None:
-        """Copy a session's workspace, as it is now, to a session that has none yet. Each is an id and a number."""
-        files = self.files(*source)
-        (self._root / target[0]).mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.copy_to(Path(self.paths(target[0])[0]), owner=self.owner(target[1]))
-        self.make(*target)
+    def copy(self, source: Session, target: Session) -> None:
+        """Copy a session's workspace, as it is now, to a session that has none yet. A user's directory is shared."""
+        if target.workspace.type == "ephemeral":
+            (self._root / target.id).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.files(source).copy_to(self.workspace(target), owner=self.owner(target))
+        self.make(target)
 
     def remove(self, session_id: str) -> None:
-        """Remove both, and all that is in them. Whoever writes there must be gone."""
+        """Remove what is the session's alone, and all that is in it. Whoever writes there must be gone."""
         folder = self._root / session_id
         for _ in range(3):
             shutil.rmtree(folder, ignore_errors=True)

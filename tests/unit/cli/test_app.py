@@ -23,7 +23,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = ran(capsys, "--help")
     assert code == 0
-    for command in ("serve", "demo", "chat", "sessions", "settings", "doctor"):
+    for command in ("serve", "demo", "chat", "sessions", "keys", "users", "token", "settings", "doctor"):
         assert command in out
 
 

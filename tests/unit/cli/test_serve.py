@@ -28,6 +28,11 @@ def test_every_option_arrives(served: list[Any], tmp_path: Path) -> None:
     assert settings.log_level == "warning"
 
 
+def test_any_setting_can_be_set(served: list[Any]) -> None:
+    assert run(["serve", "--set", "limits.max_sessions=20", "--set", "api.max_sessions_per_user=3"]) == 0
+    assert (served[0].limits.max_sessions, served[0].limits.max_sessions_per_user) == (20, 3)
+
+
 def test_the_folder_may_stand_before_the_command(served: list[Any], tmp_path: Path) -> None:
     assert run(["--data", "before", "serve"]) == 0
     assert served[0].data == tmp_path / "before"
@@ -44,6 +49,8 @@ def test_the_command_line_wins_over_the_file(served: list[Any], tmp_path: Path) 
     [
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model-upstream", "somewhere"], "scripted"),
+        (["--set", "limits.max_session=3"], "'limits.max_sessions'"),
+        (["--port", "1", "--set", "port=2"], "both set port"),
         (["--auth", "none", "--host", "0.0.0.0"], "127.0.0.1"),
         (["--auth", "none", "--network", "host"], "gateway-only"),
     ],
@@ -59,8 +66,13 @@ def test_what_is_wrong_or_unsafe_is_refused(
 def test_reloading_runs_the_same_command(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     supervised: list[Any] = []
     monkeypatch.setattr(reload, "supervise", supervised.append)
-    assert run(["serve", "--reload", "--port", "0", "--network", "host", "--model-upstream", "scripted"]) == 0
-    assert supervised == [["serve", "--port", "0", "--model-upstream", "scripted", "--network", "host"]]
+    assert (
+        run(["serve", "--reload", "--port", "0", "--network", "host", "--model-upstream", "scripted", "--set", "a=b"])
+        == 2
+    )
+    arguments = ["--port", "0", "--model-upstream", "scripted", "--network", "host", "--set", "limits.memory_mb=99"]
+    assert run(["serve", "--reload", *arguments]) == 0
+    assert supervised == [["serve", *arguments]]
     assert served == []
 
 
@@ -75,3 +87,21 @@ def test_a_change_of_the_code_is_seen(tmp_path: Path) -> None:
     os.utime(tmp_path / "package" / "notes.txt", (before + 20, before + 20))
     os.utime(tmp_path / "package", (before, before))
     assert reload.newest_change(tmp_path) == before + 10
+
+
+def test_dialects_of_the_command_line_join_those_of_the_file(served: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("dialects: {sdk-server: {port: 1, auth: none}, claude-agent-http: {}}\n")
+    arguments = ["--dialect", "sdk-server=3000", "--dialect", "claude-agent-http=0,auth=none"]
+    assert run(["serve", "--config", "c.yaml", *arguments]) == 0
+    dialects = served[0].dialects
+    assert (dialects["sdk-server"].port, dialects["sdk-server"].auth) == (3000, "none")
+    assert (dialects["claude-agent-http"].port, dialects["claude-agent-http"].auth) == (0, "none")
+
+
+def test_dialects_are_passed_on_when_it_reloads(
+    served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(reload, "supervise", found.append)
+    assert run(["serve", "--dialect", "sdk-server=3000,auth=none", "--reload"]) == 0
+    assert found == [["serve", "--dialect", "sdk-server=3000,auth=none"]]

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_both_clients_have_the_same_surface() -> None:
         }
 
     assert surface(AsyncCarrel) == surface(Carrel)
-    for part in ("Sessions", "Turns", "Events", "Files"):
+    for part in ("Sessions", "Turns", "Events", "Files", "Keys", "Users", "Spending"):
         assert surface(getattr(asynchronous, f"Async{part}")) == surface(getattr(blocking, part))
 
 
@@ -283,3 +284,28 @@ def test_a_proxy_is_not_asked_about_loopback(
 def test_an_address_that_is_none(driver: Driver) -> None:
     with pytest.raises(errors.InvalidSettings, match="http://"):
         driver.make("not an address")
+
+
+def test_usage_and_budgets(carrel: Any, driver: Driver, fake: Any) -> None:
+    sums = {"requests": 1, "input_tokens": 2, "cost_usd": None}
+    fake.on("GET", f"{API}/usage", {"data": [{"model": "m", **sums}], "total": sums, "next_cursor": None})
+    report = driver.wait(carrel.usage.get(["model"], since=date(2026, 11, 21), user="alice"))
+    assert (report.data[0].model, report.total.input_tokens, report.total.cost_usd) == ("m", 2, None)
+    assert fake.asked[0].query == {"group_by": "model", "since": "2026-11-21", "user": "alice"}
+    fake.on("GET", f"{API}/usage/budgets", {"data": [{"kind": "user", "id": "alice", "budget": {"max_tokens": 5}}]})
+    (state,) = driver.wait(carrel.usage.budgets(session_id="s1"))
+    assert (state.kind, state.budget.max_tokens, state.left_tokens) == ("user", 5, None)
+
+
+def test_messages_are_read_to_their_end(carrel: Any, driver: Driver, fake: Any) -> None:
+    def message(seq: int) -> dict[str, Any]:
+        return {"id": f"m{seq}", "seq": seq, "role": "user", "at": "2026-11-21T09:30:00Z", "content": []}
+
+    fake.on("GET", f"{S1}/messages", {"data": [message(2)], "next_cursor": "2"})
+    fake.on("GET", f"{S1}/messages", {"data": [message(7)], "next_cursor": None})
+    found = driver.collect(carrel.sessions.messages("s1", after=1, q="x"))
+    assert [m.seq for m in found] == [2, 7]
+    assert [asked.query for asked in fake.asked] == [
+        {"after": "1", "q": "x", "thinking": "false"},
+        {"after": "1", "q": "x", "thinking": "false", "cursor": "2"},
+    ]

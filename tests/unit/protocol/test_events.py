@@ -37,7 +37,7 @@ SAMPLES: dict[str, EventData] = {
     ),
     "session.rewound": events.SessionRewound(to_turn_id="t1"),
     "session.deleted": events.SessionDeleted(),
-    "turn.queued": events.TurnQueued(number=3, ahead=2),
+    "turn.queued": events.TurnQueued(number=3, ahead=2, place=5),
     "turn.started": events.TurnStarted(origin=TurnOrigin.AGENT, attempt=2),
     "turn.completed": events.TurnCompleted(
         status=TurnStatus.FAILED,

@@ -1,11 +1,13 @@
 """Frames are kept until they are stored: in memory, then on disk, then not at all."""
 
+import errno
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from carrel.errors import SpoolFull
+from carrel.errors import DiskFull, SpoolFull
 from carrel.runner.outbox import Outbox
 
 
@@ -148,3 +150,26 @@ def test_whatever_happens_no_frame_is_lost_and_none_comes_twice(seed: int, tmp_p
         assert kept(box, n) == [item for item in model if item[0] > n]
         assert len(box) == len(model)
     box.close()
+
+
+def test_a_full_disk_is_told_and_last_words_are_kept_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = outbox(tmp_path)
+    for frame in (b"a" * 90, b"b" * 90):
+        box.put(frame)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(DiskFull):
+            box.put(b"c" * 90)
+        box.put(b"last", last_words=True)
+    box.put(b"d" * 90)
+    assert kept(box) == [(1, b"a" * 90), (2, b"b" * 90), (3, b"last"), (4, b"d" * 90)]
+    box.ack(3)
+    assert kept(box) == [(4, b"d" * 90)]
+    box.ack(4)
+    assert (len(box), kept(box)) == (0, [])

@@ -119,3 +119,12 @@ async def test_a_runner_that_is_back_says_what_it_has() -> None:
         live.replace("s", [OpenBlock(turn_id="t", kind="text", message_id="m", block=0, text="abcd")])
         frames = await subscription.get(1)
     assert texts(live.so_far("s")) == [("m", 0, "abcd")] == texts(frames)  # type: ignore[arg-type]
+
+
+def test_a_runner_that_talks_on_after_the_deletion_of_its_session_is_not_remembered() -> None:
+    live = Live(MemoryBus())
+    live.stored([event(1, "turn.started"), event(2, "session.deleted", turn_id=None)])
+    live.deltas("s", [piece(0, "still here")])
+    live.replace("s", [OpenBlock(kind="text", turn_id="t", message_id="m", block=0, text="still here")])
+    assert live.so_far("s") == []
+    assert live._talks == {}

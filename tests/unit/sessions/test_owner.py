@@ -11,7 +11,7 @@ import pytest
 
 from carrel import abc
 from carrel.errors import AgentStartFailed, SandboxLost
-from carrel.model import Failure, Sandbox, SandboxStatus, SessionStatus, StopReason, TurnStatus, utc_now
+from carrel.model import Failure, Principal, Sandbox, SandboxStatus, SessionStatus, StopReason, TurnStatus, utc_now
 from carrel.protocol.events import StoredEvent
 from carrel.sessions.owner import OwnerOptions
 from carrel.testing import FakeGateway, FakeHost, FakeTurn
@@ -24,6 +24,9 @@ from carrel.testing.faulty import (
     StoreThatFailsCommits,
     StoreThatIsSlow,
 )
+
+ALICE = Principal.of_user("alice")
+
 
 Story = Callable[[list[StoredEvent]], list[str]]
 RunnerOf = Callable[[], FakeRunner]
@@ -94,11 +97,11 @@ async def test_a_run_the_agent_begins_by_itself_is_a_turn(gateway: FakeGateway, 
 
     await runner_of().begin(report)
     async with asyncio.timeout(10):
-        while len((page := await gateway.service.turns("alice", session.id, cursor=None, limit=9)).items) < 2:
+        while len((page := await gateway.service.turns(ALICE, session.id, cursor=None, limit=9)).items) < 2:
             await asyncio.sleep(0.002)
     result = await gateway.ended(page.items[0])
     assert result.text == "the background task is done"
-    turn = await gateway.service.turn("alice", session.id, page.items[0].id)
+    turn = await gateway.service.turn(ALICE, session.id, page.items[0].id)
     assert (turn.origin, turn.number, turn.status) == ("agent", 2, TurnStatus.SUCCEEDED)
     assert (await gateway.session(session.id)).turn_count == 2
     assert (await gateway.run(session.id, "two")).status == "succeeded"
@@ -158,11 +161,11 @@ async def test_a_turn_that_may_continue_is_taken_up_by_a_new_agent(
 
 
 async def test_a_prompt_is_never_handed_over_twice_by_a_new_sandbox(
-    gateway: FakeGateway, runner_of: RunnerOf, host: FakeHost
+    gateway: FakeGateway, runner_of: RunnerOf, host: FakeHost, eventually: Eventually
 ) -> None:
     session = await gateway.create()
     turn = await gateway.prompt(session.id, "forget")
-    await gateway.until(session.id, SessionStatus.RUNNING)
+    await eventually(lambda: host.alive and "start_turn" in runner_of().log)
     runner_of().kill()
     await gateway.ended(turn)
     await gateway.run(session.id, "next")
@@ -195,7 +198,7 @@ async def test_a_runner_that_dies_at_once_is_tried_again_and_then_given_up(open_
     assert (result.status, result.error.code) == ("failed", "sandbox_launch_failed")
     await gateway.until(session.id, SessionStatus.FAILED)
     assert made[0].launches == 3
-    await gateway.service.resume("alice", session.id)
+    await gateway.service.resume(ALICE, session.id)
     assert (await gateway.run(session.id, "y")).status == "succeeded", "two more die, the third lives"
     assert made[0].launches == 6
 
@@ -260,7 +263,7 @@ async def test_delete_while_a_sandbox_is_being_launched(open_gateway: OpenGatewa
     session = await gateway.create()
     await gateway.prompt(session.id, "x")
     await held.wait()
-    await gateway.service.delete("alice", session.id)
+    await gateway.service.delete(ALICE, session.id)
     assert (host.alive, host.remains) == ([], set())
 
 
@@ -288,7 +291,7 @@ async def test_a_turn_goes_on_over_a_restart_of_the_gateway(
         other = await unbroken.create()
         await unbroken.run(other.id, "long")
         wanted = shown(await unbroken.log(other.id))
-        await unbroken.service.delete("alice", other.id)
+        await unbroken.service.delete(ALICE, other.id)
     go_on.clear()
 
     async with FakeGateway(host, tmp_path) as first:
@@ -473,7 +476,7 @@ async def test_two_hundred_sessions_at_once(gateway: FakeGateway, host: FakeHost
     assert len({session.number for session in sessions}) == 200
     results = await asyncio.gather(*(gateway.run(session.id, "hi") for session in sessions[:20]))
     assert {result.text for result in results} == {"turn 1: hi"}
-    await asyncio.gather(*(gateway.service.delete("alice", session.id) for session in sessions))
+    await asyncio.gather(*(gateway.service.delete(ALICE, session.id) for session in sessions))
     assert (host.alive, host.remains) == ([], set())
     await eventually(lambda: not len(gateway.hub) and not gateway.scheduler._keys)
     assert gateway.live._talks == {}

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from carrel import abc
-from carrel.model import SessionStatus
+from carrel.model import Principal, SessionStatus
 from carrel.sessions.reconciler import Reconciler
 from carrel.testing import FakeGateway, FakeHost
 from carrel.testing.conformance.runtime import launch
 from carrel.testing.faulty import RuntimeThatHidesItsOrphans
+
+ALICE = Principal.of_user("alice")
 
 
 def stray(folder: Path, number: int) -> abc.LaunchSpec:
@@ -35,7 +37,7 @@ async def test_what_a_row_says_is_gone_is_ended_too(host: FakeHost, tmp_path: Pa
         session = await gateway.create()
         await gateway.run(session.id, "x")
         (runner,) = host.alive
-        await gateway.service.stop("alice", session.id)
+        await gateway.service.stop(ALICE, session.id)
         host.remains.add(runner.spec.sandbox_id)
         await gateway.reconciler.end_orphans()
         assert host.remains == set()
@@ -58,7 +60,7 @@ async def test_every_unsettled_session_is_looked_at(gateway: FakeGateway, host: 
 
     idle, ready, stopped = [await gateway.create() for _ in range(3)]
     await gateway.run(ready.id, "x")
-    await gateway.service.stop("alice", stopped.id)
+    await gateway.service.stop(ALICE, stopped.id)
     reconciler = Reconciler(gateway.store, gateway.runtime, Listens())  # type: ignore[arg-type]
     await reconciler.sweep()
     assert poked == [ready.id]

@@ -23,14 +23,18 @@ from carrel.errors import (
     TurnNotFinished,
     TurnNotFound,
 )
-from carrel.model import PermissionMode, SessionStatus, StopReason, TurnStatus
+from carrel.model import PermissionMode, Principal, SessionStatus, StopReason, TurnStatus
 from carrel.protocol.events import Delta, StoredEvent
-from carrel.protocol.spec import CreateSession, UpdateSession
+from carrel.protocol.spec import CreateSession, SessionSpec, UpdateSession
 from carrel.sessions.service import Mark, ServiceOptions
 from carrel.testing import FakeGateway, FakeHost, FakeTurn
 from carrel.testing.conformance.store import NOW
 from carrel.testing.fakes import FakeRunner
 from carrel.testing.faulty import RuntimeThatFailsToLaunch
+
+ALICE = Principal.of_user("alice")
+BOB = Principal.of_user("bob")
+
 
 Story = Callable[[list[StoredEvent]], list[str]]
 Eventually = Any
@@ -99,15 +103,15 @@ async def test_tools_and_structured_output_are_in_the_result(gateway: FakeGatewa
 async def test_interrupt_ends_the_turn_and_the_session_goes_on(gateway: FakeGateway) -> None:
     session = await gateway.create()
     with pytest.raises(NothingToInterrupt):
-        await gateway.service.interrupt("alice", session.id)
+        await gateway.service.interrupt(ALICE, session.id)
     turn = await gateway.prompt(session.id, "hold")
     await gateway.until(session.id, SessionStatus.RUNNING)
-    await gateway.service.interrupt("alice", session.id)
+    await gateway.service.interrupt(ALICE, session.id)
     result = await gateway.ended(turn)
     assert (result.status, result.stop_reason, result.text) == ("interrupted", "interrupted", "half a ")
     assert (await gateway.run(session.id, "next")).status == "succeeded"
     with pytest.raises(NothingToInterrupt):
-        await gateway.service.interrupt("alice", session.id, turn.id)
+        await gateway.service.interrupt(ALICE, session.id, turn.id)
 
 
 async def test_a_turn_that_takes_too_long_is_interrupted(gateway: FakeGateway) -> None:
@@ -124,13 +128,13 @@ async def test_a_queued_turn_can_be_cancelled_and_no_other(gateway: FakeGateway)
     running, queued, last = [await gateway.prompt(session.id, p) for p in ("hold", "never", "last")]
     await gateway.until(session.id, SessionStatus.RUNNING)
     with pytest.raises(TurnNotCancellable):
-        await gateway.service.cancel_turn("alice", session.id, running.id)
-    cancelled = await gateway.service.cancel_turn("alice", session.id, queued.id)
+        await gateway.service.cancel_turn(ALICE, session.id, running.id)
+    cancelled = await gateway.service.cancel_turn(ALICE, session.id, queued.id)
     assert cancelled.status is TurnStatus.CANCELLED
     assert (await gateway.ended(queued)).status == "cancelled"
     with pytest.raises(TurnNotCancellable):
-        await gateway.service.cancel_turn("alice", session.id, queued.id)
-    await gateway.service.interrupt("alice", session.id)
+        await gateway.service.cancel_turn(ALICE, session.id, queued.id)
+    await gateway.service.interrupt(ALICE, session.id)
     assert (await gateway.ended(last)).text == "turn 2: last", "the cancelled one never reached the agent"
 
 
@@ -141,7 +145,7 @@ async def test_a_turn_that_waits_too_long_expires_while_another_runs(gateway: Fa
     waiting = await gateway.prompt(session.id, "never", queue_timeout_seconds=0.1)
     async with asyncio.timeout(5):
         assert (await gateway.ended(waiting)).status == "expired"
-    assert (await gateway.service.turn("alice", session.id, running.id)).status is TurnStatus.RUNNING
+    assert (await gateway.service.turn(ALICE, session.id, running.id)).status is TurnStatus.RUNNING
 
 
 async def test_stop_ends_everything_and_resume_goes_on(gateway: FakeGateway, host: FakeHost, story: Story) -> None:
@@ -149,14 +153,14 @@ async def test_stop_ends_everything_and_resume_goes_on(gateway: FakeGateway, hos
     await gateway.run(session.id, "one")
     running, queued = [await gateway.prompt(session.id, p) for p in ("hold", "never")]
     await gateway.until(session.id, SessionStatus.RUNNING)
-    stopped = await gateway.service.stop("alice", session.id)
+    stopped = await gateway.service.stop(ALICE, session.id)
     assert (stopped.status, host.alive, host.remains) == (SessionStatus.STOPPED, [], set())
     assert (await gateway.ended(running)).status == "interrupted"
     assert (await gateway.ended(queued)).status == "cancelled"
     with pytest.raises(SessionStopped):
         await gateway.prompt(session.id, "refused")
-    assert (await gateway.service.stop("alice", session.id)).status is SessionStatus.STOPPED
-    assert (await gateway.service.resume("alice", session.id)).status is SessionStatus.IDLE
+    assert (await gateway.service.stop(ALICE, session.id)).status is SessionStatus.STOPPED
+    assert (await gateway.service.resume(ALICE, session.id)).status is SessionStatus.IDLE
     assert (await gateway.run(session.id, "two")).text == "turn 3: two"
     log = story(await gateway.log(session.id))
     assert [line for line in log if line.startswith("turn.completed")] == [
@@ -176,14 +180,14 @@ async def test_deleted_stays_deleted(gateway: FakeGateway, host: FakeHost) -> No
             seen.extend(frame.type for frame in batch if isinstance(frame, StoredEvent))
 
     viewing = asyncio.ensure_future(view())
-    await gateway.service.delete("alice", session.id)
+    await gateway.service.delete(ALICE, session.id)
     await asyncio.wait_for(viewing, 5)
     assert seen[-1] == "session.deleted"
     assert [runner.spec.session_id for runner in host.alive] == [other.id]
-    for call in (gateway.session(session.id), gateway.service.delete("alice", session.id)):
+    for call in (gateway.session(session.id), gateway.service.delete(ALICE, session.id)):
         with pytest.raises(SessionNotFound):
             await call
-    assert [s.id for s in (await gateway.service.page("alice", status=None, cursor=None, limit=9)).items] == [other.id]
+    assert [s.id for s in (await gateway.service.page(ALICE, status=None, cursor=None, limit=9)).items] == [other.id]
     assert not (gateway.folders._root / session.id).exists()
     assert (gateway.folders._root / other.id).exists()
 
@@ -233,11 +237,11 @@ async def test_a_fork_goes_on_from_the_end_of_a_turn(gateway: FakeGateway, host:
     for prompt in ("one", "two", "three"):
         turns.append(await gateway.prompt(session.id, prompt))
         await gateway.ended(turns[-1])
-    fork = await gateway.service.fork("alice", session.id, turns[1].id)
+    fork = await gateway.service.fork(ALICE, session.id, turns[1].id)
     assert (fork.forked_from, fork.title, fork.metadata, fork.turn_count) == (session.id, "t", {"a": 1}, 0)
     assert (await gateway.run(fork.id, "other")).text == "turn 3: other"
     assert (await gateway.run(session.id, "four")).text == "turn 4: four", "the source knows nothing of it"
-    whole = await gateway.service.fork("alice", session.id, None)
+    whole = await gateway.service.fork(ALICE, session.id, None)
     assert (await gateway.run(whole.id, "five")).text == "turn 5: five"
     created = (await gateway.log(fork.id))[0].data
     assert (created["forked_from"], created["forked_at_turn"]) == (session.id, turns[1].id)
@@ -250,18 +254,18 @@ async def test_a_fork_goes_on_from_the_end_of_a_turn(gateway: FakeGateway, host:
 async def test_a_fork_of_a_fork_that_has_said_nothing_yet_remembers(gateway: FakeGateway) -> None:
     session = await gateway.create()
     await gateway.run(session.id, "one")
-    again = await gateway.service.fork("alice", (await gateway.service.fork("alice", session.id, None)).id, None)
+    again = await gateway.service.fork(ALICE, (await gateway.service.fork(ALICE, session.id, None)).id, None)
     assert (await gateway.run(again.id, "two")).text == "turn 2: two"
 
 
 async def test_a_fork_copies_the_files_as_they_are(gateway: FakeGateway) -> None:
     session = await gateway.create()
-    await asyncio.to_thread(gateway.folders.make, session.id, session.number)
-    workspace = gateway.folders.paths(session.id)[0]
+    await asyncio.to_thread(gateway.folders.make, session)
+    workspace = gateway.folders.workspace(session)
     with open(f"{workspace}/file", "w") as file:  # noqa: ASYNC230
         file.write("content")
-    fork = await gateway.service.fork("alice", session.id, None)
-    copied = gateway.folders.paths(fork.id)[0]
+    fork = await gateway.service.fork(ALICE, session.id, None)
+    copied = gateway.folders.workspace(fork)
     with open(f"{copied}/file") as file:  # noqa: ASYNC230
         assert file.read() == "content"
 
@@ -270,10 +274,10 @@ async def test_a_turn_that_runs_cannot_be_forked_at(gateway: FakeGateway) -> Non
     session, other = await gateway.create(), await gateway.create()
     turn = await gateway.prompt(session.id, "hold")
     with pytest.raises(TurnNotFinished):
-        await gateway.service.fork("alice", session.id, turn.id)
+        await gateway.service.fork(ALICE, session.id, turn.id)
     with pytest.raises(TurnNotFound):
-        await gateway.service.fork("alice", other.id, turn.id)
-    page = await gateway.service.page("alice", status=None, cursor=None, limit=9)
+        await gateway.service.fork(ALICE, other.id, turn.id)
+    page = await gateway.service.page(ALICE, status=None, cursor=None, limit=9)
     assert len(page.items) == 2, "nothing was made"
 
 
@@ -282,29 +286,29 @@ async def test_nobody_reaches_another_principals_session(gateway: FakeGateway) -
     turn = await gateway.prompt(session.id, "hello")
     service = gateway.service
     calls = [
-        service.get("bob", session.id),
-        service.update("bob", session.id, UpdateSession(title="x")),
-        service.delete("bob", session.id),
-        service.stop("bob", session.id),
-        service.resume("bob", session.id),
-        service.interrupt("bob", session.id),
-        service.fork("bob", session.id, None),
-        service.export("bob", session.id),
-        service.turn("bob", session.id, turn.id),
-        service.turns("bob", session.id, cursor=None, limit=5),
-        service.cancel_turn("bob", session.id, turn.id),
-        service.events("bob", session.id, after=0, limit=5),
-        service.result("bob", session.id, turn.id),
+        service.get(BOB, session.id),
+        service.update(BOB, session.id, UpdateSession(title="x")),
+        service.delete(BOB, session.id),
+        service.stop(BOB, session.id),
+        service.resume(BOB, session.id),
+        service.interrupt(BOB, session.id),
+        service.fork(BOB, session.id, None),
+        service.export(BOB, session.id),
+        service.turn(BOB, session.id, turn.id),
+        service.turns(BOB, session.id, cursor=None, limit=5),
+        service.cancel_turn(BOB, session.id, turn.id),
+        service.events(BOB, session.id, after=0, limit=5),
+        service.result(BOB, session.id, turn.id),
     ]
     for call in calls:
         with pytest.raises(SessionNotFound):
             await call
-    assert (await service.page("bob", status=None, cursor=None, limit=5)).items == []
+    assert (await service.page(BOB, status=None, cursor=None, limit=5)).items == []
     with pytest.raises(InvalidCursor):
-        await service.page("alice", status=None, cursor="?", limit=5)
+        await service.page(ALICE, status=None, cursor="?", limit=5)
     other = await gateway.create()
     with pytest.raises(TurnNotFound):
-        await service.turn("alice", other.id, turn.id)
+        await service.turn(ALICE, other.id, turn.id)
     await gateway.ended(turn)
 
 
@@ -317,7 +321,7 @@ async def test_the_queue_is_bounded(open_gateway: OpenGateway) -> None:
         await gateway.prompt(session.id, "x")
     with pytest.raises(QueueFull):
         await gateway.prompt(session.id, "x")
-    page = await gateway.service.turns("alice", session.id, cursor=None, limit=9)
+    page = await gateway.service.turns(ALICE, session.id, cursor=None, limit=9)
     assert [turn.number for turn in page.items] == [3, 2, 1]
 
 
@@ -327,7 +331,25 @@ async def test_bypass_is_refused_where_it_is_not_allowed(open_gateway: OpenGatew
         await gateway.create(permission_mode="bypassPermissions")
     session = await gateway.create(permission_mode="plan")
     with pytest.raises(Forbidden):
-        await gateway.service.update("alice", session.id, UpdateSession(permission_mode=PermissionMode.BYPASS))
+        await gateway.service.update(ALICE, session.id, UpdateSession(permission_mode=PermissionMode.BYPASS))
+
+
+async def test_what_a_creator_does_not_name_comes_from_the_defaults(open_gateway: OpenGateway) -> None:
+    defaults = SessionSpec(system_prompt="be brief", model="one", permission_mode=PermissionMode.PLAN)
+    gateway = await open_gateway(service_options=ServiceOptions(defaults=defaults, default_ttl_seconds=60))
+    session = await gateway.create(model="two")
+    assert session.spec == {"system_prompt": "be brief", "model": "two", "permission_mode": "plan"}
+    assert session.ttl_seconds == 60
+    assert (await gateway.create(ttl_seconds=7)).ttl_seconds == 7
+    added = await gateway.create(append_system_prompt="and kind")
+    assert "system_prompt" not in added.spec
+    changed = await gateway.service.update(ALICE, session.id, UpdateSession(model=None, effort="low"))
+    assert changed.spec == session.spec | {"model": "one", "effort": "low"}
+    changed = await gateway.service.update(
+        ALICE, session.id, UpdateSession(system_prompt=None, append_system_prompt="and kind")
+    )
+    assert changed.spec["append_system_prompt"] == "and kind"
+    assert "system_prompt" not in changed.spec
 
 
 async def test_some_options_reach_a_running_agent_and_the_others_its_next_start(
@@ -339,22 +361,22 @@ async def test_some_options_reach_a_running_agent_and_the_others_its_next_start(
     assert runner.bind is not None
     assert (runner.model, runner.permission_mode) == ("one", "bypassPermissions")
     body = UpdateSession.model_validate({"model": "two", "permission_mode": "plan", "tools": ["Bash"], "title": "new"})
-    updated = await gateway.service.update("alice", session.id, body)
+    updated = await gateway.service.update(ALICE, session.id, body)
     assert (updated.title, updated.spec["model"], updated.spec["tools"]) == ("new", "two", ["Bash"])
     await eventually(lambda: (runner.model, runner.permission_mode) == ("two", "plan"))
     assert runner.bind.spec.tools is None
     event = next(e for e in await gateway.log(session.id) if e.type == "session.updated").data
     assert event == {"changed": ["model", "permission_mode", "title", "tools"], "at_next_launch": ["tools"]}
-    await gateway.service.stop("alice", session.id)
-    await gateway.service.resume("alice", session.id)
+    await gateway.service.stop(ALICE, session.id)
+    await gateway.service.resume(ALICE, session.id)
     await gateway.run(session.id, "again")
     bind = runner_of().bind
     assert bind is not None
     assert (bind.spec.tools, bind.spec.system_prompt, bind.permission_mode) == (["Bash"], "be brief", "plan")
-    cleared = await gateway.service.update("alice", session.id, UpdateSession.model_validate({"tools": None}))
+    cleared = await gateway.service.update(ALICE, session.id, UpdateSession.model_validate({"tools": None}))
     assert "tools" not in cleared.spec
     seq = (await gateway.session(session.id)).last_seq
-    await gateway.service.update("alice", session.id, UpdateSession())
+    await gateway.service.update(ALICE, session.id, UpdateSession())
     assert (await gateway.session(session.id)).last_seq == seq, "nothing given, nothing said"
 
 
@@ -367,7 +389,7 @@ async def test_a_turn_may_bring_its_own_model(gateway: FakeGateway, runner_of: C
 async def test_an_export_has_everything(gateway: FakeGateway) -> None:
     session = await gateway.create()
     await gateway.run(session.id, "hello")
-    lines = [json.loads(line) async for line in await gateway.service.export("alice", session.id)]
+    lines = [json.loads(line) async for line in await gateway.service.export(ALICE, session.id)]
     kinds = [line["kind"] for line in lines]
     assert kinds[0] == "session"
     assert list(dict.fromkeys(kinds)) == ["session", "turn", "event", "transcript"]
@@ -381,7 +403,7 @@ async def test_a_request_notes_what_it_made_in_the_transaction_that_made_it(gate
         principal="alice", key="k", fingerprint="f", boot_id="b", object_id=None, status=None, body=None, created_at=NOW
     )
     await gateway.store.write(lambda tx: tx.idempotency.reserve(record))
-    session = await gateway.service.create("alice", CreateSession(), Mark("alice", "k"))
+    session = await gateway.service.create(ALICE, CreateSession(), Mark("alice", "k"))
     found = await gateway.store.write(lambda tx: tx.idempotency.reserve(record))
     assert found is not None
     assert found.object_id == session.id
@@ -397,10 +419,10 @@ async def test_a_draining_server_takes_no_turns_and_starts_none(
     gateway.owner.draining = True
     with pytest.raises(Draining):
         await gateway.prompt(other.id, "refused")
-    await gateway.service.interrupt("alice", session.id)
+    await gateway.service.interrupt(ALICE, session.id)
     assert (await gateway.ended(running)).status == "interrupted"
     await gateway.scheduler.settle(session.id)
-    assert (await gateway.service.turn("alice", session.id, queued.id)).status is TurnStatus.QUEUED
+    assert (await gateway.service.turn(ALICE, session.id, queued.id)).status is TurnStatus.QUEUED
     gateway.owner.draining = False
     gateway.service.poke(session.id)
     assert (await gateway.ended(queued)).status == "succeeded"
@@ -422,7 +444,7 @@ async def test_a_session_that_could_not_start_says_why_and_may_try_again(
         await gateway.prompt(session.id, "x")
     await gateway.scheduler.settle(session.id)
     assert (host.alive, host.remains) == ([], set())
-    assert (await gateway.service.resume("alice", session.id)).error is None
+    assert (await gateway.service.resume(ALICE, session.id)).error is None
     assert (await gateway.run(session.id, "x")).status == "succeeded"
 
 

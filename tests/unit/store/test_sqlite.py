@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import pytest
 import sqlalchemy as sa
 
 from carrel import abc
+from carrel.errors import ForeignDatabase, StoreFull
 from carrel.model import SessionStatus
 from carrel.protocol.events import StoredEvent
 from carrel.store import SqliteStore, tables
-from carrel.store.rows import _columns
-from carrel.store.sqlite import SqlTransaction
+from carrel.store.rows.base import columns
+from carrel.store.transaction import SqlTransaction
 from carrel.testing.conformance.store import NOW, add_session, new_event, new_session
 
-COLUMNS = _columns(new_session(0, expires_at=None))
+COLUMNS = columns(new_session(0, expires_at=None))
 
 
 @pytest.fixture
@@ -271,3 +272,33 @@ async def test_durability_is_what_was_asked_for(tmp_path: Path) -> None:
                 lambda tx: tx.log._connection.exec_driver_sql("PRAGMA journal_mode").scalar()  # type: ignore[attr-defined]
             )
             assert mode == "wal"
+
+
+async def test_the_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE sessions (session_id TEXT PRIMARY KEY)")
+    with pytest.raises(ForeignDatabase, match="carrel import"):
+        async with AsyncExitStack() as stack:
+            await SqliteStore(path).start(stack)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall() == [("sessions",)]
+
+
+async def test_a_full_disk_is_told_in_plain_words_and_costs_nothing_that_was_stored(store: SqliteStore) -> None:
+    session = await add_session(store)
+
+    def bound(pages: int) -> int:
+        with store._writer.connect() as connection:
+            return int(connection.exec_driver_sql(f"PRAGMA max_page_count={pages}").scalar_one())
+
+    await store.write(lambda tx: None)
+    bound(1)  # no more than there are now
+    for _ in range(2):
+        with pytest.raises(StoreFull) as caught:
+            await store.write(lambda tx: tx.sessions.update(session.id, title="x" * 1_000_000))
+        assert (caught.value.http_status, caught.value.retry_after_seconds) == (503, 5)
+    assert (await store.read(lambda tx: tx.sessions.get(session.id))) == session
+    bound(1_000_000)
+    await store.write(lambda tx: tx.sessions.update(session.id, title="room"))
+    assert (await store.read(lambda tx: tx.sessions.get(session.id))).title == "room"  # type: ignore[union-attr]

@@ -15,11 +15,14 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
 
 from carrel.api import sse
-from carrel.api.dependencies import PrincipalDep, Services, ServicesDep, principal, services
+from carrel.api.audit import audited
+from carrel.api.authentication import Standing, let_in
+from carrel.api.dependencies import PrincipalDep, Services, ServicesDep, need, services
 from carrel.api.problems import responses
 from carrel.api.routes.shapes import EXAMPLE_EVENT, Limit, SessionId
 from carrel.api.routes.turns import EXAMPLE_STREAM
-from carrel.errors import AuthenticationRequired, CarrelError, SessionNotFound, ValidationFailed
+from carrel.errors import AuthenticationRequired, CarrelError, Forbidden, SessionNotFound, ValidationFailed
+from carrel.model import Principal, Scope
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.spec import CreateTurn
 
@@ -72,18 +75,21 @@ async def list_events(
     limit: Limit = 100,
     deltas: Annotated[bool, Query(description="Whether a stream has deltas too.")] = False,
     last_event_id: Annotated[str | None, Header(description="In a stream: resumes after this `seq`.")] = None,
+    ticket: Annotated[
+        str | None, Query(max_length=200, description="In a stream: a single-use ticket in place of a key.")
+    ] = None,
 ) -> Response:
     """The session's events in order, from `after` on."""
     start = after if after is not None else cursor
     if sse.wanted(request):
-        session = await services.sessions.get(principal.name, session_id)
+        session = await services.sessions.get(principal, session_id)
         if last_event_id:
             start = _seq(last_event_id)
         batches = services.sessions.streams.follow(
             session.id, after=start or 0, deltas=deltas, heartbeat_seconds=services.heartbeat_seconds
         )
-        return sse.response(batches)
-    events = await services.sessions.events(principal.name, session_id, after=start or 0, limit=limit)
+        return sse.response(Standing(services, principal).guard(batches))
+    events = await services.sessions.events(principal, session_id, after=start or 0, limit=limit)
     return Response(_page(events, limit), media_type="application/json")
 
 
@@ -123,7 +129,7 @@ class PingMessage(BaseModel):
 _MESSAGE: TypeAdapter[PromptMessage | InterruptMessage | PingMessage] = TypeAdapter(
     Annotated[PromptMessage | InterruptMessage | PingMessage, Field(discriminator="type")]
 )
-_UNAUTHORISED, _NOT_FOUND, _ENDED = 4001, 4004, 1000
+_UNAUTHORISED, _FORBIDDEN, _NOT_FOUND, _ENDED = 4001, 4003, 4004, 1000
 
 
 @router.websocket("/stream")
@@ -132,38 +138,45 @@ async def stream(
 ) -> None:
     """Events and deltas out; `prompt`, `interrupt` and `ping` in. Any number of viewers see the same thing."""
     own = services(websocket)
-    await websocket.accept()
     try:
-        who = principal(websocket)
-        await own.sessions.get(who.name, session_id)
+        who = await let_in(websocket)
+        await own.sessions.get(who, session_id)
     except AuthenticationRequired as error:
         await websocket.close(_UNAUTHORISED, error.code)
+        return
+    except Forbidden as error:
+        await websocket.close(_FORBIDDEN, error.code)
         return
     except SessionNotFound as error:
         await websocket.close(_NOT_FOUND, error.code)
         return
-    both = {
+    except WebSocketDisconnect:  # it went away before it had said who it is
+        return
+    standing = Standing(own, who)
+    over = asyncio.create_task(standing.over(), name="ws-standing")
+    all_ = {
         asyncio.create_task(_tell(websocket, own, session_id, after, deltas), name="ws-out"),
-        asyncio.create_task(_hear(websocket, own, who.name, session_id), name="ws-in"),
+        asyncio.create_task(_hear(websocket, own, who, session_id), name="ws-in"),
+        over,
     }
     try:
-        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(all_, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        await websocket.close(_ENDED)
+        await websocket.close(*((_UNAUTHORISED, AuthenticationRequired.code) if over in done else (_ENDED,)))
     except (WebSocketDisconnect, RuntimeError) as error:
         log.debug("websocket.closed", session=session_id, reason=repr(error))
     finally:
-        for task in both:
+        for task in all_:
             task.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
+        await asyncio.gather(*all_, return_exceptions=True)
 
 
 async def _tell(websocket: WebSocket, own: Services, session_id: str, after: int, deltas: bool) -> None:
     batches = own.sessions.streams.follow(
         session_id, after=after, deltas=deltas, heartbeat_seconds=own.heartbeat_seconds
     )
-    async with contextlib.aclosing(batches):  # type: ignore[type-var]
+    async with contextlib.aclosing(batches):
         async for batch in batches:
             for frame in batch:
                 await websocket.send_text(frame.json().decode())
@@ -171,11 +184,11 @@ async def _tell(websocket: WebSocket, own: Services, session_id: str, after: int
                 await websocket.send_text('{"type":"heartbeat"}')
 
 
-async def _hear(websocket: WebSocket, own: Services, who: str, session_id: str) -> None:
+async def _hear(websocket: WebSocket, own: Services, who: Principal, session_id: str) -> None:
     while True:
         text = await websocket.receive_text()
         try:
-            reply = await _obey(own, who, session_id, text)
+            reply = await _obey(websocket, own, who, session_id, text)
         except ValidationError as error:
             told = [{"field": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
             reply = {
@@ -190,13 +203,37 @@ async def _hear(websocket: WebSocket, own: Services, who: str, session_id: str) 
             await websocket.send_text(to_json(reply).decode())
 
 
-async def _obey(own: Services, who: str, session_id: str, text: str) -> dict[str, Any] | None:
+async def _obey(
+    websocket: WebSocket, own: Services, who: Principal, session_id: str, text: str
+) -> dict[str, Any] | None:
     message = _MESSAGE.validate_json(text)
     if isinstance(message, PingMessage):
         return {"type": "pong"}
-    if isinstance(message, InterruptMessage):
-        await own.sessions.interrupt(who, session_id, message.turn_id)
-        return None
-    body = CreateTurn.model_validate(message.model_dump(exclude={"type"}, exclude_none=True))
-    turn, _ = await own.sessions.create_turn(who, session_id, body)
-    return {"type": "accepted", "turn_id": turn.id}
+    prompted = isinstance(message, PromptMessage)
+    outcome, turn_id = 500, None
+    try:
+        if own.edges.per_key is not None:
+            await own.edges.per_key.spend(who)
+        need(who, Scope.WRITE)
+        if isinstance(message, InterruptMessage):
+            await own.sessions.interrupt(who, session_id, message.turn_id)
+            outcome = 202
+            return None
+        body = CreateTurn.model_validate(message.model_dump(exclude={"type"}, exclude_none=True))
+        turn, _ = await own.sessions.create_turn(who, session_id, body)
+        outcome, turn_id = 202, turn.id
+        return {"type": "accepted", "turn_id": turn_id}
+    except CarrelError as error:
+        outcome = error.http_status
+        raise
+    finally:
+        audited(
+            websocket,
+            "turn.create" if prompted else "session.interrupt",
+            outcome=outcome,
+            object_type="turn" if prompted else "session",
+            object_id=turn_id if prompted else session_id,
+            principal=who,
+            details={"session_id": session_id, "over": "websocket"},
+            prompt=message.prompt if isinstance(message, PromptMessage) else None,
+        )

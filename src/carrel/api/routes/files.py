@@ -24,6 +24,7 @@ from carrel.errors import (
     PathConflict,
     SessionNotFound,
 )
+from carrel.model import Principal
 from carrel.workspaces import FileEntry, WorkspaceFiles
 
 router = APIRouter(prefix="/sessions/{session_id}/files", tags=["files"])
@@ -57,11 +58,9 @@ def _shown(entry: FileEntry) -> dict[str, object]:
     return {name: getattr(entry, name) for name in File.model_fields}
 
 
-async def _files(services: Services, principal: str, session_id: str) -> WorkspaceFiles:
+async def _files(services: Services, principal: Principal, session_id: str) -> WorkspaceFiles:
     session = await services.sessions.get(principal, session_id)
-    files: WorkspaceFiles = await services.sessions.run_blocking(
-        services.sessions.folders.files, session.id, session.number
-    )
+    files: WorkspaceFiles = await services.sessions.run_blocking(services.sessions.folders.files, session)
     return files
 
 
@@ -81,7 +80,7 @@ async def list_files(
     limit: Limit = 100,
 ) -> Response:
     """The tree of the workspace. Symbolic links are shown and never followed."""
-    files = await _files(services, principal.name, session_id)
+    files = await _files(services, principal, session_id)
     after = _path_of(cursor) if cursor is not None else None
     entries: list[FileEntry] = await services.sessions.run_blocking(
         lambda: files.tree(path, limit=limit + 1, after=after, recursive=recursive)
@@ -109,7 +108,7 @@ def _path_of(cursor: str) -> str:
 )
 async def read_file(session_id: SessionId, path: FilePath, services: ServicesDep, principal: PrincipalDep) -> Response:
     """A file's bytes."""
-    files = await _files(services, principal.name, session_id)
+    files = await _files(services, principal, session_id)
     file: BinaryIO = await services.sessions.run_blocking(files.open_read, path)
     size = file.seek(0, 2)
     file.seek(0)
@@ -142,7 +141,8 @@ async def _read(services: Services, file: BinaryIO, size: int) -> AsyncIterator[
     openapi_extra={
         "requestBody": {
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-            "required": True,
+            "description": "The content; without any, an empty file.",
+            "required": False,
         }
     },
 )
@@ -150,7 +150,7 @@ async def write_file(
     request: Request, session_id: SessionId, path: FilePath, services: ServicesDep, principal: PrincipalDep
 ) -> Response:
     """Write a file, whole or not at all; directories on the way to it are made."""
-    files = await _files(services, principal.name, session_id)
+    files = await _files(services, principal, session_id)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(_QUEUED_CHUNKS)
     whole = False
@@ -196,6 +196,6 @@ async def delete_file(
     session_id: SessionId, path: FilePath, services: ServicesDep, principal: PrincipalDep
 ) -> Response:
     """Delete a file, a link, or a directory with all that is in it."""
-    files = await _files(services, principal.name, session_id)
+    files = await _files(services, principal, session_id)
     await services.sessions.run_blocking(files.delete, path)
     return Response(status_code=204)

@@ -8,11 +8,23 @@ from fastapi import APIRouter, Body, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
-from carrel.api.dependencies import PrincipalDep, ServicesDep
+from carrel.api.dependencies import PrincipalDep, ServicesDep, UnboundDep
 from carrel.api.idempotency import once
 from carrel.api.problems import responses
-from carrel.api.routes.shapes import EXAMPLE_SESSION, EXAMPLE_TURN, Cursor, Limit, Listing, SessionId, answer, example
+from carrel.api.routes.shapes import (
+    EXAMPLE_SESSION,
+    EXAMPLE_TURN,
+    Cursor,
+    Limit,
+    Listing,
+    SessionId,
+    Sought,
+    answer,
+    example,
+    sought,
+)
 from carrel.errors import (
+    BoundToSession,
     Forbidden,
     IdempotencyInFlight,
     IdempotencyMismatch,
@@ -50,22 +62,24 @@ class InterruptBody(BaseModel):
     "",
     status_code=201,
     response_model=Session,
-    responses=responses(Forbidden, ValidationFailed, IdempotencyInFlight, IdempotencyMismatch)
+    responses=responses(Forbidden, BoundToSession, ValidationFailed, IdempotencyInFlight, IdempotencyMismatch)
     | {201: example(EXAMPLE_SESSION, "The new session.")},
 )
 async def create_session(
     request: Request,
     services: ServicesDep,
-    principal: PrincipalDep,
-    body: Annotated[CreateSession, Body(examples=[{"title": "Fix the tests", "model": "opus"}])] = CreateSession(),
+    principal: UnboundDep,
+    body: Annotated[
+        CreateSession, Body(examples=[{"title": "Fix the tests", "model": "opus", "budget": {"max_usd": 5}}])
+    ] = CreateSession(),
 ) -> Response:
     """Open a session. No model is asked and no process started before its first turn."""
 
     async def make(mark: Mark | None) -> Response:
-        return answer(await services.sessions.create(principal.name, body, mark), status=201)
+        return answer(await services.sessions.create(principal, body, mark), status=201)
 
     async def replay(object_id: str) -> Response:
-        return answer(await services.sessions.get(principal.name, object_id), status=201)
+        return answer(await services.sessions.get(principal, object_id), status=201)
 
     return await once(request, services, principal, make, replay)
 
@@ -73,18 +87,19 @@ async def create_session(
 @router.get(
     "",
     response_model=Listing[Session],
-    responses=responses(InvalidCursor)
+    responses=responses(InvalidCursor, ValidationFailed)
     | {200: example({"data": [EXAMPLE_SESSION], "next_cursor": None}, "Newest first.")},
 )
 async def list_sessions(
     services: ServicesDep,
     principal: PrincipalDep,
     status: Annotated[SessionStatus | None, Query(description="Only those with this status.")] = None,
+    q: Sought = None,
     cursor: Cursor = None,
     limit: Limit = 100,
 ) -> Response:
-    """Your sessions, newest first."""
-    page = await services.sessions.page(principal.name, status=status, cursor=cursor, limit=limit)
+    """Your sessions, newest first. `q` looks in their titles and in what was said in them."""
+    page = await services.sessions.page(principal, status=status, cursor=cursor, limit=limit, text=sought(q))
     return answer({"data": page.items, "next_cursor": page.next_cursor})
 
 
@@ -93,7 +108,7 @@ async def list_sessions(
 )
 async def get_session(session_id: SessionId, services: ServicesDep, principal: PrincipalDep) -> Response:
     """One session."""
-    return answer(await services.sessions.get(principal.name, session_id))
+    return answer(await services.sessions.get(principal, session_id))
 
 
 @router.patch(
@@ -108,13 +123,15 @@ async def update_session(
     body: Annotated[UpdateSession, Body(examples=[{"title": "Fix the tests at last", "model": "sonnet"}])],
 ) -> Response:
     """Change title, metadata or options. Options marked `live` apply at once, the others at the next wake."""
-    return answer(await services.sessions.update(principal.name, session_id, body))
+    if principal.name.startswith("sandbox:"):
+        raise Forbidden("An agent cannot change the options of its own session.")
+    return answer(await services.sessions.update(principal, session_id, body))
 
 
 @router.delete("/{session_id}", status_code=204, responses=responses(SessionNotFound))
 async def delete_session(session_id: SessionId, services: ServicesDep, principal: PrincipalDep) -> Response:
     """Delete a session for good: its processes, files, transcript and events."""
-    await services.sessions.delete(principal.name, session_id)
+    await services.sessions.delete(principal, session_id)
     return Response(status_code=204)
 
 
@@ -127,7 +144,7 @@ async def stop_session(
     """Stop a session by hand. Its turn is interrupted, queued ones are cancelled; prompts get 409 until `resume`."""
 
     async def make(mark: Mark | None) -> Response:
-        return answer(await services.sessions.stop(principal.name, session_id))
+        return answer(await services.sessions.stop(principal, session_id))
 
     return await once(request, services, principal, make)
 
@@ -143,7 +160,7 @@ async def resume_session(
     """Take a stopped or failed session up again."""
 
     async def make(mark: Mark | None) -> Response:
-        return answer(await services.sessions.resume(principal.name, session_id))
+        return answer(await services.sessions.resume(principal, session_id))
 
     return await once(request, services, principal, make)
 
@@ -164,7 +181,7 @@ async def interrupt_session(
     """End the turn at work. The session can be used at once; `turn.completed` says when the turn has ended."""
 
     async def make(mark: Mark | None) -> Response:
-        return answer(await services.sessions.interrupt(principal.name, session_id, body.turn_id), status=202)
+        return answer(await services.sessions.interrupt(principal, session_id, body.turn_id), status=202)
 
     return await once(request, services, principal, make)
 
@@ -173,23 +190,23 @@ async def interrupt_session(
     "/{session_id}/fork",
     status_code=201,
     response_model=Session,
-    responses=responses(SessionNotFound, TurnNotFound, TurnNotFinished)
+    responses=responses(BoundToSession, SessionNotFound, TurnNotFound, TurnNotFinished)
     | {201: example(EXAMPLE_SESSION, "The new session.")},
 )
 async def fork_session(
     request: Request,
     session_id: SessionId,
     services: ServicesDep,
-    principal: PrincipalDep,
+    principal: UnboundDep,
     body: Annotated[Fork, Body()] = Fork(),
 ) -> Response:
     """A new session that remembers this one up to the end of a turn, with a copy of the files as they are now."""
 
     async def make(mark: Mark | None) -> Response:
-        return answer(await services.sessions.fork(principal.name, session_id, body.turn_id, mark), status=201)
+        return answer(await services.sessions.fork(principal, session_id, body.turn_id, mark), status=201)
 
     async def replay(object_id: str) -> Response:
-        return answer(await services.sessions.get(principal.name, object_id), status=201)
+        return answer(await services.sessions.get(principal, object_id), status=201)
 
     return await once(request, services, principal, make, replay)
 
@@ -202,6 +219,6 @@ async def fork_session(
 )
 async def export_session(session_id: SessionId, services: ServicesDep, principal: PrincipalDep) -> Response:
     """Everything of a session, a JSON text a line: the session, its turns, its events, its agent's transcript."""
-    lines = await services.sessions.export(principal.name, session_id)
+    lines = await services.sessions.export(principal, session_id)
     headers = {"Content-Disposition": f'attachment; filename="{session_id}.ndjson"'}
     return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)

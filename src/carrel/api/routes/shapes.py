@@ -9,12 +9,33 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 from starlette.responses import Response
 
+from carrel.errors import ValidationFailed
+
 T = TypeVar("T")
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="How many at most.")]
 Cursor = Annotated[str | None, Query(max_length=4096, description="`next_cursor` of the part before.")]
 SessionId = Annotated[str, Path(max_length=64, description="The session's id.")]
 TurnId = Annotated[str, Path(max_length=64, description="The turn's id.")]
+
+Sought = Annotated[
+    str | None, Query(min_length=1, max_length=1000, description="Only with this text, in any case of letters.")
+]
+
+
+def sought(text: str | None) -> str | None:
+    """A text as a database takes it. Raises ValidationFailed where none can have it."""
+    if text is not None and ("\x00" in text or (not text.isascii() and not _is_unicode(text))):
+        raise ValidationFailed("A text that is looked for must be Unicode without NUL characters.")
+    return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a surrogate stands alone
+        return False
+    return True
 
 
 class Listing(BaseModel, Generic[T]):
@@ -47,6 +68,7 @@ EXAMPLE_SESSION = {
         "cache_read_input_tokens": 15000,
     },
     "cost_usd": 0.0082,
+    "budget": {"max_usd": 5.0, "max_tokens": None},
     "error": None,
     "created_at": "2026-11-21T09:30:00Z",
     "last_active_at": "2026-11-21T09:31:12Z",
@@ -99,6 +121,7 @@ EXAMPLE_RESULT = {
     "duration_ms": 8123,
     "num_turns": 2,
 }
+EXAMPLE_DETAIL = EXAMPLE_TURN | EXAMPLE_RESULT
 EXAMPLE_EVENT = {
     "seq": 9,
     "type": "message.assistant",

@@ -12,10 +12,12 @@ from starlette.responses import Response
 
 from carrel import abc
 from carrel.api import sse
+from carrel.api.authentication import Standing
 from carrel.api.dependencies import PrincipalDep, Services, ServicesDep
 from carrel.api.idempotency import once
 from carrel.api.problems import responses
 from carrel.api.routes.shapes import (
+    EXAMPLE_DETAIL,
     EXAMPLE_RESULT,
     EXAMPLE_TURN,
     Cursor,
@@ -26,13 +28,13 @@ from carrel.api.routes.shapes import (
     answer,
     example,
 )
-from carrel.auth import Principal
 from carrel.errors import (
     CarrelError,
     Draining,
     IdempotencyInFlight,
     IdempotencyMismatch,
     InvalidCursor,
+    OutOfMemory,
     QueueFull,
     SessionNotFound,
     SessionStopped,
@@ -40,8 +42,8 @@ from carrel.errors import (
     TurnNotFound,
     ValidationFailed,
 )
-from carrel.model import OnDisconnect, Turn
-from carrel.protocol.results import TurnResult
+from carrel.model import OnDisconnect, Principal, Turn
+from carrel.protocol.results import TurnDetail, TurnResult
 from carrel.protocol.spec import CreateTurn
 from carrel.sessions.service import Mark
 
@@ -62,7 +64,14 @@ _DELTAS = Query(description="Whether a stream has deltas too.")
     status_code=202,
     response_model=Turn,
     responses=responses(
-        SessionNotFound, SessionStopped, ValidationFailed, QueueFull, Draining, IdempotencyInFlight, IdempotencyMismatch
+        SessionNotFound,
+        SessionStopped,
+        ValidationFailed,
+        QueueFull,
+        Draining,
+        OutOfMemory,
+        IdempotencyInFlight,
+        IdempotencyMismatch,
     )
     | {
         202: example(EXAMPLE_TURN, "The turn is queued."),
@@ -81,7 +90,9 @@ async def create_turn(
     session_id: SessionId,
     services: ServicesDep,
     principal: PrincipalDep,
-    body: Annotated[CreateTurn, Body(examples=[{"prompt": "Make the tests pass.", "wait": True}])],
+    body: Annotated[
+        CreateTurn, Body(examples=[{"prompt": "Make the tests pass.", "wait": True, "budget": {"max_usd": 1}}])
+    ],
     deltas: Annotated[bool, _DELTAS] = True,
 ) -> Response:
     """Send a prompt. While another turn runs, it is queued behind it.
@@ -91,11 +102,11 @@ async def create_turn(
     """
 
     async def make(mark: Mark | None) -> Response:
-        turn, before = await services.sessions.create_turn(principal.name, session_id, body, mark)
+        turn, before = await services.sessions.create_turn(principal, session_id, body, mark)
         return await respond(request, services, principal, turn, before, body, deltas=deltas)
 
     async def replay(object_id: str) -> Response:
-        turn = await services.sessions.turn(principal.name, session_id, object_id)
+        turn = await services.sessions.turn(principal, session_id, object_id)
         return await respond(request, services, principal, turn, 0, body, deltas=deltas)
 
     return await once(request, services, principal, make, replay)
@@ -123,11 +134,12 @@ async def respond(
             until_turn=turn.id,
             heartbeat_seconds=services.heartbeat_seconds,
         )
-        guarded = _guard(batches, services, principal, turn, interrupt=interrupt, afterwards=afterwards)
+        allowed = Standing(services, principal).guard(batches)
+        guarded = _guard(allowed, services, principal, turn, interrupt=interrupt, afterwards=afterwards)
         return sse.response(guarded, headers={"X-Carrel-Turn": turn.id, "X-Carrel-Session": turn.session_id})
     if not body.wait:
         return answer(turn, status=202)
-    waiting = sessions.wait_for_turn(principal.name, turn.session_id, turn.id, after=before)
+    waiting = sessions.wait_for_turn(principal, turn.session_id, turn.id, after=before)
     try:
         if not interrupt:
             return answer(await waiting)
@@ -165,7 +177,7 @@ async def _guard(
 
 async def _interrupt(services: Services, principal: Principal, turn: Turn) -> None:
     try:
-        await services.sessions.interrupt(principal.name, turn.session_id, turn.id)
+        await services.sessions.interrupt(principal, turn.session_id, turn.id)
     except CarrelError as error:
         log.debug("turn.already_over", turn=turn.id, reason=error.code)
 
@@ -202,19 +214,19 @@ async def list_turns(
     limit: Limit = 100,
 ) -> Response:
     """The session's turns, newest first."""
-    page = await services.sessions.turns(principal.name, session_id, cursor=cursor, limit=limit)
+    page = await services.sessions.turns(principal, session_id, cursor=cursor, limit=limit)
     return answer({"data": page.items, "next_cursor": page.next_cursor})
 
 
 @router.get(
     "/{turn_id}",
-    response_model=TurnResult,
-    responses=responses(SessionNotFound, TurnNotFound) | {200: example(EXAMPLE_RESULT)},
+    response_model=TurnDetail,
+    responses=responses(SessionNotFound, TurnNotFound) | {200: example(EXAMPLE_DETAIL)},
 )
 async def get_turn(session_id: SessionId, turn_id: TurnId, services: ServicesDep, principal: PrincipalDep) -> Response:
     """One turn, with what it has come to so far."""
-    turn = await services.sessions.turn(principal.name, session_id, turn_id)
-    result = await services.sessions.result(principal.name, session_id, turn_id)
+    turn = await services.sessions.turn(principal, session_id, turn_id)
+    result = await services.sessions.result(principal, session_id, turn_id)
     return answer(turn.model_dump() | result.model_dump())
 
 
@@ -229,6 +241,6 @@ async def cancel_turn(
     """Take a queued turn back."""
 
     async def make(mark: Mark | None) -> Response:
-        return answer(await services.sessions.cancel_turn(principal.name, session_id, turn_id))
+        return answer(await services.sessions.cancel_turn(principal, session_id, turn_id))
 
     return await once(request, services, principal, make)

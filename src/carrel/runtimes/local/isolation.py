@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ WORKSPACE = "/workspace"
 HOME = "/home/agent"
 GATEWAY_SOCKET = "/run/carrel/gateway.sock"
 _PROGRAM = "/opt/carrel/claude"
+_PLUGINS = "/opt/carrel/plugins"
 _SHOWN_IN_ETC = (
     "alternatives",
     "ca-certificates",
@@ -36,6 +38,7 @@ _SHOWN_IN_ETC = (
     "timezone",
 )
 _SHOWN_WITH_NETWORK = ("hosts", "nsswitch.conf", "resolv.conf", "services", "gai.conf")
+_WORKSPACE_FD = 9
 _ROOTS = ("/mnt", "/media", "/srv", "/opt")
 
 
@@ -45,10 +48,15 @@ class Place:
 
     folder: Path
     workspace: Path
+    workspace_within: Path | None = None
+    """The last folder above the workspace that no agent can change."""
     home: Path
     gateway_folder: Path
     cli: Path
     owner: tuple[int, int] | None
+    plugins: tuple[Path, ...] = ()
+    memory_bytes: int | None = None
+    """The most that files may take which are kept in memory; None: half of the host's memory each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,8 @@ class Wrapped:
     late_env_path: str | None
     mounts: list[Mount]
     mount_root: str | None
+    plugins: list[str]
+    """Where the agent sees them."""
 
 
 def choose(asked: Isolation | None) -> Isolation:
@@ -117,9 +127,12 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
             late_env_path=None,
             mounts=[],
             mount_root=None,
+            plugins=[str(path) for path in place.plugins],
         )
     env |= {"HOME": HOME, "ANTHROPIC_UNIX_SOCKET": GATEWAY_SOCKET, "TMPDIR": "/tmp"}
     shown = {"workspace": place.workspace, "home": place.home, "gateway": place.gateway_folder, "claude": place.cli}
+    plugins = {f"plugin-{number}": path for number, path in enumerate(place.plugins, start=1)}
+    shown |= plugins
     uid, gid = place.owner or (os.geteuid(), os.getegid())
     passwd = place.folder / "etc"
     passwd.mkdir(mode=0o755, exist_ok=True)
@@ -129,13 +142,21 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
     root: str | None = None
     mounts: list[Mount] = []
     if place.owner is not None:
-        root = _root_outside([place.folder, place.workspace, place.home, place.gateway_folder, place.cli])
-        mounts = [Mount(source=str(path), target=f"{root}/{name}") for name, path in shown.items()]
+        root = _root_outside([*shown.values(), place.folder, *(Path(extra) for extra in read_only)])
+        within = {"workspace": str(place.workspace_within)} if place.workspace_within is not None else {}
+        mounts = [
+            Mount(source=str(path), target=f"{root}/{name}", within=within.get(name)) for name, path in shown.items()
+        ]
         shown = {name: Path(root, name) for name in shown}
+    opened: list[str] = []
+    program = [_PROGRAM]
+    if place.owner is None and place.workspace_within is not None:
+        opened, program = _opened_workspace(place.workspace, place.workspace_within)
+        shown["workspace"] = Path(f"/proc/self/fd/{_WORKSPACE_FD}")
     # What the session's creator sets must reach the agent and never the programs that build its wall: they run
     # outside of it, as root where Carrel is, and obey variables of their own. So bubblewrap sets it, at the end: the
     # runner adds it to the arguments. These are in a file, because everyone can read a process's arguments.
-    bwrap, *flags = [*_bwrap(network), *_view(shown, network, read_only)]
+    bwrap, *flags = [*_bwrap(network), *_sized(_view(shown, network, read_only), place.memory_bytes)]
     arguments = place.folder / "arguments"
     arguments.write_bytes(b"".join(os.fsencode(flag) + b"\0" for flag in flags))
     arguments.chmod(0o600)
@@ -149,7 +170,8 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
         command += [flag, str(fd)]
         redirections.append(f"{fd}<{shlex.quote(str(path))}")
     wrapper = place.folder / "claude"
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join([*command, "--", _PROGRAM])} "$@" {" ".join(redirections)}\n')
+    run = f'exec {shlex.join([*command, "--", *program])} "$@" {" ".join(redirections)}'
+    wrapper.write_text("\n".join(["#!/bin/sh", *opened, run, ""]))
     wrapper.chmod(0o700)
     return Wrapped(
         cli_path=str(wrapper),
@@ -159,7 +181,22 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
         late_env_path=str(arguments),
         mounts=mounts,
         mount_root=root,
+        plugins=[f"{_PLUGINS}/{name.removeprefix('plugin-')}" for name in plugins],
     )
+
+
+def _opened_workspace(workspace: Path, within: Path) -> tuple[list[str], list[str]]:
+    """Lines that open a workspace whose path an agent may change, and the program that closes it again in the wall.
+
+    Should a link stand anywhere below `within`, what was opened has another name than this.
+    """
+    real = shlex.quote(str(within.resolve() / workspace.relative_to(within)))
+    lines = [
+        f"exec {_WORKSPACE_FD}<{shlex.quote(str(workspace))} || exit 1",
+        f'[ "$(readlink /proc/self/fd/{_WORKSPACE_FD})" = {real} ] || {{ echo "the workspace has moved" >&2; exit 1; }}',
+    ]
+    # An open directory of the host would be a way out.
+    return lines, ["/bin/sh", "-c", f'exec {_WORKSPACE_FD}<&-; exec "$0" "$@"', _PROGRAM]
 
 
 def _drop(owner: tuple[int, int] | None) -> list[str]:
@@ -215,8 +252,34 @@ def _view(shown: dict[str, Path], network: Network, read_only: list[str]) -> lis
         flags += ["--ro-bind", extra, extra]
     flags += ["--ro-bind", str(shown["gateway"]), str(Path(GATEWAY_SOCKET).parent)]
     flags += ["--ro-bind", str(shown["claude"]), _PROGRAM]
+    for name, path in shown.items():
+        if name.startswith("plugin-"):
+            flags += ["--ro-bind", str(path), f"{_PLUGINS}/{name.removeprefix('plugin-')}"]
     flags += ["--bind", str(shown["home"]), HOME, "--bind", str(shown["workspace"]), WORKSPACE, "--chdir", WORKSPACE]
     return [*flags, "--remount-ro", "/"]
+
+
+def _sized(flags: list[str], most_bytes: int | None) -> list[str]:
+    """The same view, in which no filesystem that is kept in memory takes more than this.
+
+    What such files take is no process's, so that where control groups do not count them, nothing else would.
+    """
+    if most_bytes is None or not _knows_sizes():
+        return flags
+    size = ["--size", str(most_bytes)]
+    found: list[str] = []
+    for position, flag in enumerate(flags):
+        found += [*size, flag] if flag == "--tmpfs" else [flag]
+        if flags[position - 1 : position + 1] == ["--dev", "/dev"]:
+            found += ["--perms", "1777", *size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    return found
+
+
+@functools.cache
+def _knows_sizes() -> bool:
+    """Whether this bubblewrap has `--size` (0.7.0 has)."""
+    told = subprocess.run([_program("bwrap", "bubblewrap"), "--help"], capture_output=True, text=True, check=False)
+    return "--size" in told.stdout + told.stderr
 
 
 def _root_outside(paths: list[Path]) -> str:

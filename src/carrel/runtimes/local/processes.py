@@ -46,6 +46,14 @@ def lock_held(path: Path) -> bool:
     return False
 
 
+def holder(path: Path) -> int | None:
+    """The id of the process that holds this lock; None where nobody does."""
+    try:
+        return int(path.read_text()) if lock_held(path) else None
+    except (OSError, ValueError):  # it is gone, or has not said its id yet
+        return None
+
+
 def end_holder(path: Path, *, timeout_seconds: float = 10.0) -> None:
     """Kill the process that holds this lock, and wait until it is gone."""
     deadline = time.monotonic() + timeout_seconds

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from carrel import abc
-from carrel.errors import SandboxLaunchFailed
+from carrel.errors import DiskFull, SandboxLaunchFailed
 from carrel.model import Isolation, Network
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.runtimes.local import isolation as walls
 from carrel.runtimes.local import processes
+from carrel.runtimes.local.caps import Fence, Means
+from carrel.runtimes.local.cgroups import Caps
 from carrel.runtimes.local.nursery import Nursery
 
 log = structlog.get_logger(__name__)
+
+_GATEWAY_VARIABLES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_UNIX_SOCKET")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +42,17 @@ class LocalRuntimeOptions:
     isolation: Isolation | None = None
     network: Network = Network.GATEWAY_ONLY
     read_only_paths: tuple[str, ...] = ()
+    plugins: tuple[Path, ...] = ()
+    """Folders of Claude Code's plugins, for every agent to read."""
+    model_env: Mapping[str, str] | None = field(default=None, repr=False)
+    """What tells each agent of the model's provider, its credential included; None: agents reach our gateway alone."""
     reconnect_window_seconds: float = 300.0
     max_frame_bytes: int = 64 * 1024 * 1024
     outbox_memory_bytes: int = 64 * 1024 * 1024
     outbox_disk_bytes: int = 1024 * 1024 * 1024
+    disk_reserve_bytes: int = 0
+    caps: Caps = field(default_factory=Caps)
+    caps_by: Means = "auto"
 
 
 class LocalRuntime(abc.Runtime):
@@ -53,12 +65,15 @@ class LocalRuntime(abc.Runtime):
         self._options = options
         self._isolation = options.isolation or Isolation.BUBBLEWRAP
         self.isolated = self._isolation is not Isolation.NONE
+        self._fence = Fence(options.folder, options.caps, options.caps_by)
         self._nursery = Nursery(options.folder / "nursery.log", max_bytes=options.max_frame_bytes)
 
     async def start(self, exit_stack: AsyncExitStack) -> None:
         """Check that this host can isolate as asked, and start the preloaded parent."""
         self._options.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         await asyncio.to_thread(walls.choose, self._isolation)
+        await asyncio.to_thread(self._fence.open)
+        exit_stack.callback(self._fence.close)
         await self._nursery.start(exit_stack)
 
     async def launch(self, spec: abc.LaunchSpec) -> AsyncIterator[dict[str, Any]]:
@@ -70,6 +85,8 @@ class LocalRuntime(abc.Runtime):
             folder.mkdir(mode=0o700, exist_ok=True)
             bootstrap = self._bootstrap(spec, folder)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull(operator_detail=repr(error)) from error
             raise SandboxLaunchFailed(operator_detail=repr(error)) from error
         pid = await self._nursery.fork(bootstrap)
         yield state | {"pid": pid}
@@ -79,10 +96,13 @@ class LocalRuntime(abc.Runtime):
         place = walls.Place(
             folder=folder,
             workspace=Path(spec.workspace),
+            workspace_within=None if spec.workspace_within is None else Path(spec.workspace_within),
             home=Path(spec.home),
             gateway_folder=options.gateway_folder,
             cli=options.cli_path,
             owner=spec.owner,
+            plugins=options.plugins,
+            memory_bytes=options.caps.memory_bytes,
         )
         wrapped = walls.wrap(
             self._isolation,
@@ -91,6 +111,7 @@ class LocalRuntime(abc.Runtime):
             read_only=list(options.read_only_paths),
             sandbox_id=spec.sandbox_id,
         )
+        cli_path = self._fence.enter(folder, wrapped.cli_path, own_user=spec.owner is not None)
         return Bootstrap(
             sandbox_id=spec.sandbox_id,
             generation=spec.generation,
@@ -100,12 +121,14 @@ class LocalRuntime(abc.Runtime):
             lock_path=str(folder / "lock"),
             log_path=str(folder / "runner.log"),
             spool_path=str(folder / "spool"),
-            cli_path=wrapped.cli_path,
+            cli_path=cli_path,
             cwd=wrapped.cwd,
             workspace=spec.workspace,
             home=spec.home,
             config_dir=wrapped.config_dir,
-            agent_env=wrapped.env,
+            plugins=wrapped.plugins,
+            agent_env=self._agent_env(wrapped.env),
+            direct=options.model_env is not None,
             late_env_path=wrapped.late_env_path,
             owner=spec.owner,
             mounts=wrapped.mounts,
@@ -115,7 +138,14 @@ class LocalRuntime(abc.Runtime):
             max_frame_bytes=options.max_frame_bytes,
             outbox_memory_bytes=options.outbox_memory_bytes,
             outbox_disk_bytes=options.outbox_disk_bytes,
+            disk_reserve_bytes=options.disk_reserve_bytes,
         )
+
+    def _agent_env(self, env: dict[str, str]) -> dict[str, str]:
+        model = self._options.model_env
+        if model is None:
+            return env
+        return {name: value for name, value in env.items() if name not in _GATEWAY_VARIABLES} | dict(model)
 
     async def terminate(self, state: Mapping[str, Any]) -> None:
         """End the runner, then whatever carries the sandbox's mark, then its folder."""
@@ -123,6 +153,8 @@ class LocalRuntime(abc.Runtime):
 
     def _terminate(self, sandbox_id: str, folder: Path) -> None:
         processes.end_holder(folder / "lock")
+        if not self._fence.end(folder):
+            log.error("sandbox.group_not_ended", sandbox=sandbox_id)
         if left := processes.end_marked(sandbox_id):
             log.error("sandbox.not_ended", sandbox=sandbox_id, pids=left)
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,6 +165,10 @@ class LocalRuntime(abc.Runtime):
             sandbox_id: "folder" in state and processes.lock_held(Path(str(state["folder"]), "lock"))
             for sandbox_id, state in states.items()
         }
+
+    async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, abc.SandboxUsage]:
+        """What each takes, by its control group, or else by its processes."""
+        return await asyncio.to_thread(self._fence.measure, states)
 
     async def owned(self) -> Mapping[str, dict[str, Any]]:
         """Every sandbox with a folder here."""

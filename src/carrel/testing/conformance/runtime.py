@@ -201,6 +201,31 @@ async def sandboxes_do_not_touch_each_other(harness: RuntimeHarness) -> None:
 
 
 @_check
+async def what_runs_is_measured_and_what_ended_is_not(harness: RuntimeHarness) -> None:
+    """Each sandbox by itself, those it never saw left out; nobody who only waits has met a cap."""
+    async with AsyncExitStack() as stack:
+        runtime = harness.runtime()
+        await runtime.start(stack)
+        specs = [harness.spec() for _ in range(2)]
+        states = {spec.sandbox_id: (await launch(runtime, spec))[-1] for spec in specs}
+        for spec in specs:
+            await harness.hello(spec.sandbox_id)
+        found = await runtime.measure(states)
+        must_equal(set(found), set(states), "every one that runs is measured")
+        for usage in found.values():
+            numbers = (usage.memory_bytes, usage.processes, usage.cpu_seconds)
+            must(all(number >= 0 for number in numbers), f"what is taken is counted from nothing: {usage}")
+            must(usage.excess is None, "no cap is met by waiting")
+        first, second = (spec.sandbox_id for spec in specs)
+        await runtime.terminate(states[first])
+        must_equal(set(await runtime.measure(states)), {second}, "what has ended takes nothing")
+        must_equal(dict(await runtime.measure({})), {}, "nothing takes nothing")
+        await runtime.terminate(states[second])
+        for spec in specs:
+            _must_be_empty(harness, spec)
+
+
+@_check
 async def logs_are_lines(harness: RuntimeHarness) -> None:
     """What runner and agent wrote; none where there is nothing any more."""
     async with AsyncExitStack() as stack:

@@ -11,20 +11,26 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 from carrel import abc
-from carrel.errors import InvalidCursor, SessionNotFound, TurnNotFound
+from carrel.errors import InvalidCursor, KeyNotFound, SessionNotFound, TurnNotFound, UserNotFound
 from carrel.model import (
+    ApiKey,
+    Budget,
     Failure,
+    Principal,
     Sandbox,
     SandboxStatus,
+    Scope,
     Session,
     SessionStatus,
     StopReason,
+    Ticket,
     Turn,
     TurnStatus,
     Usage,
+    User,
     new_id,
 )
-from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent
+from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent, ToolFinished
 from carrel.testing.conformance.checks import collect, must, must_equal, must_raise
 
 __all__ = ["CHECKS", "DURABLE_CHECKS", "OpenStore", "new_event", "new_sandbox", "new_session", "new_turn"]
@@ -481,7 +487,14 @@ async def usage_is_summed(open_store: OpenStore) -> None:
         def record(turn_id: str, cost: float | None) -> abc.UsageRecord:
             usage = Usage(input_tokens=1, output_tokens=2, cache_creation_input_tokens=3, cache_read_input_tokens=4)
             return abc.UsageRecord(
-                id=new_id(), session_id=session.id, turn_id=turn_id, model="m", usage=usage, cost_usd=cost, at=NOW
+                id=new_id(),
+                session_id=session.id,
+                user_id="alice",
+                turn_id=turn_id,
+                model="m",
+                usage=usage,
+                cost_usd=cost,
+                at=NOW,
             )
 
         for item in (record("known", 0.5), record("known", 0.25), record("unknown", 0.5), record("unknown", None)):
@@ -502,10 +515,12 @@ async def a_request_is_reserved_once(open_store: OpenStore) -> None:
         )
         later = replace(record, fingerprint="other")
         answers = await asyncio.gather(
-            store.write(lambda tx: tx.idempotency.reserve(record)),
-            store.write(lambda tx: tx.idempotency.reserve(later)),
+            *(store.write(lambda tx, r=r: tx.idempotency.reserve(r)) for r in (record, later, later, later))  # type: ignore[misc]
         )
-        must_equal(answers, [None, record], "the first one wins")
+        must_equal(answers.count(None), 1, "one wins")
+        won = record if answers[0] is None else later
+        must_equal(answers.count(won), 3, "the others are told of it")
+        await store.write(lambda tx: tx.idempotency.update("p", "k", fingerprint="f"))
         other = replace(record, principal="q", created_at=NOW + timedelta(days=1))
         must(await store.write(lambda tx: tx.idempotency.reserve(other)) is None, "another principal's is another")
         await store.write(lambda tx: tx.idempotency.update("p", "k", object_id="o", status=201, body="{}"))
@@ -574,6 +589,410 @@ async def unsettled_sessions_are_found(open_store: OpenStore) -> None:
         found = await store.read(lambda tx: list(tx.sessions.unsettled(NOW)))
         must_equal(len(found), len(set(found)), "each once")
         must_equal(set(found), {s.id for s in [*live, queued, running, over]}, "those and no others")
+
+
+# ------------------------------------------------------------------------------------------------------ many users
+
+
+@_check
+async def a_user_is_made_once(open_store: OpenStore) -> None:
+    """By whoever needs it first, also when several do at once; a disabled one stays so."""
+    async with open_store(ignore) as store:
+        must(await store.read(lambda tx: tx.users.get("alice")) is None, "no user is None")
+        made = await asyncio.gather(*(store.write(lambda tx: tx.users.ensure("alice", NOW)) for _ in range(10)))
+        must_equal(set(made), {User(id="alice", created_at=NOW)}, "one and the same user")
+        budget = Budget(max_usd=1.5, max_tokens=10)
+        changed = await store.write(lambda tx: tx.users.update("alice", disabled=True, budget=budget, max_sessions=3))
+        must_equal((changed.disabled, changed.budget, changed.max_sessions), (True, budget, 3), "columns change")
+        again = await store.write(lambda tx: tx.users.ensure("alice", NOW + timedelta(days=1)))
+        must_equal(again, changed, "a user that is there stays as it is")
+        must_equal(await store.write(lambda tx: tx.users.lock("alice")), changed, "a locked user is read too")
+        must(await store.write(lambda tx: tx.users.lock("nobody")) is None, "nobody is None")
+        change = store.write(lambda tx: tx.users.update("nobody", disabled=True))
+        await must_raise(UserNotFound, change, "a change of no user")
+
+
+@_check
+async def users_are_listed_by_name(open_store: OpenStore) -> None:
+    """A page at a time, each once; a cursor of nobody's is refused."""
+    async with open_store(ignore) as store:
+        wanted = [f"user-{i:02}" for i in range(10)]
+        for name in reversed(wanted):
+            await store.write(lambda tx, n=name: tx.users.ensure(n, NOW))  # type: ignore[misc]
+        first = await store.read(lambda tx: tx.users.page(cursor=None, limit=7))
+        rest = await store.read(lambda tx: tx.users.page(cursor=first.next_cursor, limit=7))
+        must_equal([user.id for user in [*first.items, *rest.items]], wanted, "all, by name")
+        must_equal((len(first.items), rest.next_cursor), (7, None), "a page at a time")
+        for cursor in ("x", "é", "====", "bjE", "\x00"):
+            page = store.read(lambda tx, c=cursor: tx.users.page(cursor=c, limit=5))  # type: ignore[misc]
+            await must_raise(InvalidCursor, page, f"the cursor {cursor!r}")
+
+
+def new_key(user_id: str, **changes: Any) -> ApiKey:
+    """A key of a user."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "user_id": user_id,
+        "name": "laptop",
+        "prefix": "carrel_ab",
+        "hash": new_id(),
+        "scopes": [Scope.READ, Scope.WRITE],
+        "created_at": NOW,
+        "expires_at": NOW + timedelta(days=90),
+    }
+    return ApiKey(**values | changes)
+
+
+@_check
+async def a_key_is_found_by_its_hash(open_store: OpenStore) -> None:
+    """With its user; revoked and expired ones too, for whoever asks must say which."""
+    async with open_store(ignore) as store:
+        alice = await store.write(lambda tx: tx.users.ensure("alice", NOW))
+        bob = await store.write(lambda tx: tx.users.ensure("bob", NOW))
+        keys = [new_key("alice"), new_key("bob", name=None, expires_at=None), new_key("alice")]
+        for key in keys:
+            await store.write(lambda tx, k=key: tx.keys.add(k))  # type: ignore[misc]
+        must_equal(await store.read(lambda tx: tx.keys.by_hash(keys[0].hash)), (keys[0], alice), "key and user")
+        must_equal(await store.read(lambda tx: tx.keys.by_hash(keys[1].hash)), (keys[1], bob), "each its own")
+        must(await store.read(lambda tx: tx.keys.by_hash("no")) is None, "no such hash is None")
+        must_equal(await store.read(lambda tx: tx.keys.get(keys[2].id)), keys[2], "found by its id")
+        must(await store.read(lambda tx: tx.keys.get("no")) is None, "no such id is None")
+        revoked = await store.write(lambda tx: tx.keys.update(keys[0].id, revoked_at=NOW, last_used_at=NOW))
+        found = await store.read(lambda tx: tx.keys.by_hash(keys[0].hash))
+        must_equal(found, (revoked, alice), "a revoked key is found, and says so")
+        await must_raise(KeyNotFound, store.write(lambda tx: tx.keys.update("no", revoked_at=NOW)), "no such key")
+
+        async def listed(user_id: str | None) -> list[str]:
+            names: list[str] = []
+            cursor = None
+            while True:
+                page = await store.read(lambda tx, c=cursor: tx.keys.page(user_id, cursor=c, limit=1))  # type: ignore[misc]
+                names += [key.id for key in page.items]
+                cursor = page.next_cursor
+                if cursor is None:
+                    return names
+
+        must_equal(await listed("alice"), sorted([keys[0].id, keys[2].id], reverse=True), "of one user, newest first")
+        must_equal(await listed(None), sorted([key.id for key in keys], reverse=True), "of all")
+
+
+@_check
+async def a_ticket_is_taken_once(open_store: OpenStore) -> None:
+    """Of many that want it at once, one gets it, and none after its time; a reusable one is good until then."""
+    async with open_store(ignore) as store:
+        later = NOW + timedelta(seconds=30)
+        who = Principal(name="key:1", user="alice", scopes=frozenset({Scope.READ}), session_id="s")
+        once, often = (
+            Ticket(hash=name, principal=who, reusable=name == "often", expires_at=later) for name in ("once", "often")
+        )
+        old = Ticket(hash="old", principal=who, reusable=False, expires_at=NOW)
+        for ticket in (once, often, old):
+            await store.write(lambda tx, t=ticket: tx.tickets.add(t))  # type: ignore[misc]
+        taken = await asyncio.gather(*(store.write(lambda tx: tx.tickets.take("once", NOW)) for _ in range(8)))
+        must_equal([ticket for ticket in taken if ticket], [once], "one of many takes it")
+        for _ in range(2):
+            must_equal(await store.write(lambda tx: tx.tickets.take("often", NOW)), often, "a reusable one stays")
+        must(await store.write(lambda tx: tx.tickets.take("often", later)) is None, "no longer than its time")
+        must(await store.write(lambda tx: tx.tickets.take("old", NOW)) is None, "an old one is no good")
+        await store.write(lambda tx: tx.tickets.prune(later + timedelta(seconds=1)))
+        must(await store.write(lambda tx: tx.tickets.take("often", NOW)) is None, "old ones are forgotten")
+
+
+@_check
+async def the_audit_log_is_filtered_and_pruned(open_store: OpenStore) -> None:
+    """Newest first, a page at a time, by whatever is asked for."""
+    async with open_store(ignore) as store:
+
+        def record(i: int) -> abc.AuditRecord:
+            return abc.AuditRecord(
+                id=new_id(),
+                at=NOW + timedelta(minutes=i),
+                principal=f"key:{i % 2}",
+                user_id="alice" if i % 2 else None,
+                action="session.create" if i < 5 else "session.delete",
+                object_type="session",
+                object_id=f"s{i}",
+                address="127.0.0.1",
+                request_id=None,
+                outcome=201,
+                details={"i": i, "nested": [None, "é"]},
+            )
+
+        records = [record(i) for i in range(10)]
+        await store.write(lambda tx: tx.audit.add(records))
+        await store.write(lambda tx: tx.audit.add([]))
+
+        async def found(which: abc.AuditFilter, limit: int = 3) -> list[abc.AuditRecord]:
+            items: list[abc.AuditRecord] = []
+            cursor = None
+            while True:
+                page = await store.read(lambda tx, c=cursor: tx.audit.page(which, cursor=c, limit=limit))  # type: ignore[misc]
+                must(len(page.items) <= limit, "a page is bounded")
+                items += page.items
+                cursor = page.next_cursor
+                if cursor is None:
+                    return items
+
+        newest = records[::-1]
+        must_equal(await found(abc.AuditFilter()), newest, "all, newest first, as they were")
+        must_equal(await found(abc.AuditFilter(user_id="alice")), newest[::2], "of a user")
+        must_equal(await found(abc.AuditFilter(principal="key:0")), newest[1::2], "of a principal")
+        must_equal(await found(abc.AuditFilter(action="session.delete")), newest[:5], "of an action")
+        must_equal(await found(abc.AuditFilter(object_id="s4")), [records[4]], "of an object")
+        since, until = NOW + timedelta(minutes=3), NOW + timedelta(minutes=6)
+        must_equal(await found(abc.AuditFilter(since=since, until=until)), records[5:2:-1], "of a time")
+        await store.write(lambda tx: tx.audit.prune(since))
+        must_equal(await found(abc.AuditFilter()), records[:2:-1], "old ones are forgotten")
+
+
+@_check
+async def what_limits_count_is_counted(open_store: OpenStore) -> None:
+    """Sessions of all and of one owner, those at work, and turns that wait."""
+    async with open_store(ignore) as store:
+        idle = await add_session(store)
+        running = await add_session(store, status=SessionStatus.RUNNING)
+        await add_session(store, status=SessionStatus.STARTING, owner="bob")
+        gone = await add_session(store, status=SessionStatus.RUNNING)
+        await store.write(lambda tx: tx.sessions.mark_deleting(gone.id))
+
+        def fill(tx: abc.Transaction) -> None:
+            tx.turns.add(new_turn(running, 1, TurnStatus.RUNNING))
+            for turn in (new_turn(running, 2), new_turn(idle, 1), new_turn(idle, 2)):
+                tx.turns.add(turn)
+
+        await store.write(fill)
+        must_equal(await store.read(lambda tx: tx.counts.sessions()), 3, "sessions; deleted ones do not count")
+        must_equal(await store.read(lambda tx: tx.counts.sessions("alice")), 2, "of one owner")
+        must_equal(await store.read(lambda tx: tx.counts.sessions("nobody")), 0, "of nobody")
+        must_equal(await store.read(lambda tx: tx.counts.busy()), 2, "at work, or starting for it")
+        must_equal(await store.read(lambda tx: tx.counts.queued_turns()), 3, "turns that wait")
+
+
+@_check
+async def the_first_waiting_turns_are_found(open_store: OpenStore) -> None:
+    """One of each session that is free, oldest first, with what its owner has at work."""
+    async with open_store(ignore) as store:
+        free, ready = await add_session(store), await add_session(store, status=SessionStatus.READY)
+        bobs = await add_session(store, owner="bob")
+        busy = await add_session(store, status=SessionStatus.RUNNING)
+        starting = await add_session(store, status=SessionStatus.STARTING)
+        must_equal(list(await store.read(lambda tx: tx.counts.waiting_turns())), [], "nothing waits")
+
+        def at(minutes: int) -> datetime:
+            return NOW + timedelta(minutes=minutes)
+
+        first = new_turn(free, 2, created_at=at(3))
+        second = new_turn(bobs, 1, created_at=at(1))
+        third = new_turn(ready, 1, created_at=at(2))
+
+        def fill(tx: abc.Transaction) -> None:
+            tx.turns.add(new_turn(free, 1, TurnStatus.SUCCEEDED, started_at=at(-9)))
+            tx.turns.add(new_turn(busy, 1, TurnStatus.RUNNING, started_at=at(-5)))
+            for turn in (first, new_turn(free, 3, created_at=at(0)), second, third, new_turn(busy, 2)):
+                tx.turns.add(turn)
+            tx.turns.add(new_turn(starting, 1))
+
+        await store.write(fill)
+        found = await store.read(lambda tx: list(tx.counts.waiting_turns()))
+        told = [(w.turn_id, w.session_id, w.owner, w.created_at, w.running, w.last_started_at) for w in found]
+        wanted = [
+            (second.id, bobs.id, "bob", at(1), 0, None),
+            (third.id, ready.id, "alice", at(2), 2, at(-5)),
+            (first.id, free.id, "alice", at(3), 2, at(-5)),
+        ]
+        must_equal(told, wanted, "the first of each free session, oldest first")
+
+
+@_check
+async def usage_is_grouped(open_store: OpenStore) -> None:
+    """By user, session, turn, model and day (UTC), alone and together; filtered; outliving its session."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+
+        def record(i: int, **changes: Any) -> abc.UsageRecord:
+            values: dict[str, Any] = {
+                "id": new_id(),
+                "session_id": session.id,
+                "user_id": "alice",
+                "turn_id": f"t{i % 2}",
+                "model": "m",
+                "usage": Usage(input_tokens=10**i),
+                "cost_usd": 0.25,
+                "at": datetime(2026, 1, 1, 23, 59, 59, 999999, tzinfo=UTC) + timedelta(microseconds=i),
+            }
+            return abc.UsageRecord(**values | changes)
+
+        records = [record(0), record(1), record(2, model="n", cost_usd=None), record(3, user_id="bob", turn_id=None)]
+        for item in records:
+            await store.write(lambda tx, r=item: tx.usage.add(r))  # type: ignore[misc]
+
+        async def sums(which: abc.UsageFilter, *by: str) -> list[tuple[dict[str, str], int, int, float | None]]:
+            rows = await store.read(lambda tx: tx.usage.sums(which, by))
+            return [(dict(row.group), row.requests, row.usage.input_tokens, row.cost_usd) for row in rows]
+
+        everything = abc.UsageFilter()
+        must_equal(await sums(everything), [({}, 4, 1111, None)], "all in one")
+        must_equal(await sums(abc.UsageFilter(user_id="nobody")), [({}, 0, 0, 0.0)], "nothing is nothing")
+        by_user = [({"user": "alice"}, 3, 111, None), ({"user": "bob"}, 1, 1000, 0.25)]
+        must_equal(await sums(everything, "user"), by_user, "by user")
+        by_day = [({"day": "2026-01-01"}, 1, 1, 0.25), ({"day": "2026-01-02"}, 3, 1110, None)]
+        must_equal(await sums(everything, "day"), by_day, "by day, of UTC")
+        by_both = [
+            ({"day": "2026-01-01", "model": "m"}, 1, 1, 0.25),
+            ({"day": "2026-01-02", "model": "m"}, 2, 1010, 0.5),
+            ({"day": "2026-01-02", "model": "n"}, 1, 100, None),
+        ]
+        must_equal(await sums(everything, "day", "model"), by_both, "by two")
+        must_equal(await sums(abc.UsageFilter(model="m", turn_id="t0")), [({}, 1, 1, 0.25)], "filtered")
+        must_equal(await sums(abc.UsageFilter(turn_id="t1"), "turn"), [({"turn": "t1"}, 1, 10, 0.25)], "of a turn")
+        window = abc.UsageFilter(since=records[1].at, until=records[3].at)
+        must_equal(await sums(window, "session"), [({"session": session.id}, 2, 110, None)], "within a time")
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must_equal(await sums(everything), [({}, 4, 1111, None)], "what was spent stays spent")
+
+
+@_check
+async def reservations_are_summed_and_released(open_store: OpenStore) -> None:
+    """Each once, whoever releases it; those of requests that ended without a word are found."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+
+        def reservation(i: int, **changes: Any) -> abc.Reservation:
+            values: dict[str, Any] = {
+                "id": new_id(),
+                "session_id": session.id,
+                "user_id": "alice",
+                "turn_id": "t",
+                "model": "m",
+                "tokens": 100,
+                "cost_usd": 0.5,
+                "at": NOW + timedelta(minutes=i),
+            }
+            return abc.Reservation(**values | changes)
+
+        mine, other, unpriced = reservation(0), reservation(1, user_id="bob"), reservation(2, cost_usd=None)
+        for item in (mine, other, unpriced):
+            await store.write(lambda tx, r=item: tx.usage.reserve(r))  # type: ignore[misc]
+
+        async def reserved(**which: Any) -> tuple[int, float]:
+            return await store.read(lambda tx: tx.usage.reserved(abc.UsageFilter(**which)))
+
+        must_equal(await reserved(), (300, 1.0), "all")
+        must_equal(await reserved(user_id="alice"), (200, 0.5), "of a user")
+        must_equal(await reserved(session_id="no"), (0, 0.0), "of nothing")
+        stale = await store.read(lambda tx: list(tx.usage.stale(NOW + timedelta(minutes=1))))
+        must_equal(stale, [mine], "those made before")
+        released = await asyncio.gather(*(store.write(lambda tx: tx.usage.release(mine.id)) for _ in range(5)))
+        must_equal([item for item in released if item], [mine], "each is released once")
+        must_equal(await reserved(), (200, 0.5), "and is gone then")
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must_equal(await reserved(), (200, 0.5), "a session's outlive it: they are settled all the same")
+
+
+@_check
+async def a_lock_lets_one_at_a_time_through(open_store: OpenStore) -> None:
+    """What is counted under a lock is not overrun, however many count at once."""
+    async with open_store(ignore) as store:
+
+        def create(tx: abc.Transaction, by_user: bool) -> bool:
+            if by_user:
+                tx.users.lock("alice")
+            else:
+                tx.lock("sessions")
+            if tx.counts.sessions() >= 5:
+                return False
+            tx.sessions.add(new_session(tx.sessions.next_number()))
+            return True
+
+        await store.write(lambda tx: tx.users.ensure("alice", NOW))
+        for by_user in (False, True):
+            made = await asyncio.gather(*(store.write(lambda tx, u=by_user: create(tx, u)) for _ in range(25)))  # type: ignore[misc]
+            must_equal(made.count(True), 5, "exactly the limit passes")
+            for session in (
+                await store.read(lambda tx: tx.sessions.page(abc.SessionFilter(), cursor=None, limit=9))
+            ).items:
+                await store.write(lambda tx, s=session.id: tx.sessions.remove(s))  # type: ignore[misc]
+
+
+@_check
+async def a_session_that_is_read_to_be_changed_is_held(open_store: OpenStore) -> None:
+    """Of transactions that read a session and then change it, none overwrites what another did."""
+    async with open_store(ignore) as store:
+        session = await add_session(store, metadata={"n": 0})
+
+        def work(tx: abc.Transaction) -> None:
+            now = tx.sessions.get(session.id)
+            must(now is not None, "the session is there")
+            assert now is not None
+            tx.sessions.update(session.id, metadata={"n": now.metadata["n"] + 1})
+
+        await asyncio.gather(*(store.write(work) for _ in range(40)))
+        now = await store.read(lambda tx: tx.sessions.get(session.id))
+        must(now is not None and now.metadata == {"n": 40}, "every change counts")
+
+
+@_check
+async def frames_that_come_twice_at_once_are_stored_once(open_store: OpenStore) -> None:
+    """A runner's old connection and its new one may bring the same frames at the same time."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        sandbox = new_sandbox(session, 1, SandboxStatus.LIVE)
+        await store.write(lambda tx: tx.sandboxes.add(sandbox))
+
+        def work(tx: abc.Transaction) -> None:
+            if tx.sandboxes.advance(sandbox.id, 7) < 7:
+                tx.events.append(session.id, [new_event("once")])
+
+        await asyncio.gather(*(store.write(work) for _ in range(20)))
+        stored = await store.read(lambda tx: tx.events.page(session.id, after=0, limit=9))
+        must_equal(texts(stored), ["once"], "the first of them counts")
+
+
+@_check
+async def sessions_are_found_by_text(open_store: OpenStore) -> None:
+    """In the title, or in what was said, in any case of letters; signs of a pattern mean themselves."""
+    async with open_store(ignore) as store:
+        titled = await add_session(store, title="Budget 100% of_it")
+        spoken = await add_session(store, title=None, owner="bob")
+        other = await add_session(store, title="something else")
+        said = 'He said: "The QUICK brown\nfox" — naïve ☃ \u0000 end'
+        await store.write(lambda tx: tx.events.append(spoken.id, [new_event(said)]))
+        tool = ToolFinished(id="t", result="quicksilver")
+        await store.write(lambda tx: tx.events.append(other.id, [NewEvent.of(tool, at=NOW, turn_id=None)]))
+
+        async def found(text: str, owner: str | None = None) -> list[str]:
+            which = abc.SessionFilter(text=text, owner=owner)
+            page = await store.read(lambda tx: tx.sessions.page(which, cursor=None, limit=9))
+            return [session.id for session in page.items]
+
+        must_equal(await found("budget"), [titled.id], "in a title")
+        must_equal(await found("quick"), [spoken.id], "in what was said, and not in what tools put out")
+        must_equal(await found('"the quick brown\nFOX"'), [spoken.id], "quotes and line feeds too")
+        must_equal(await found("☃ \u0000 end"), [spoken.id], "whatever character")
+        must_equal(await found("quick", owner="alice"), [], "of one owner")
+        must_equal(await found("100%"), [titled.id], "a per cent sign is one")
+        must_equal(await found("of_it"), [titled.id], "an underscore is one")
+        must_equal((await found("1%0"), await found("b_dget"), await found("\\")), ([], [], []), "and no pattern")
+
+
+@_check
+async def whatever_is_asked_is_answered(open_store: OpenStore) -> None:
+    """Odd texts and large numbers are kept as they are, and what they do not name is not found."""
+    async with open_store(ignore) as store:
+        for odd in ("\x00", "a\x00\x10b", "\x10" * 3, "x" * 5000, "'; DROP TABLE sessions; --", "𝄞"):
+            must(await store.read(lambda tx, o=odd: tx.sessions.get(o)) is None, "no such session")  # type: ignore[misc]
+            must(await store.read(lambda tx, o=odd: tx.turns.get(o)) is None, "no such turn")  # type: ignore[misc]
+            must(await store.read(lambda tx, o=odd: tx.keys.by_hash(o)) is None, "no such key")  # type: ignore[misc]
+            session = await add_session(store, title=odd, metadata={odd: odd}, ttl_seconds=10**9)
+            must_equal(await store.read(lambda tx, s=session.id: tx.sessions.get(s)), session, "kept as it is")  # type: ignore[misc]
+            lines = [odd, json.dumps({"uuid": odd})]
+
+            def append(tx: abc.Transaction, session_id: str = session.id, lines: list[str] = lines) -> None:
+                tx.transcripts.append(session_id, subpath="", turn_id=None, lines=lines)
+
+            await store.write(append)
+            found = await store.read(lambda tx, s=session.id: tx.transcripts.page(s, "", after=0, limit=9))  # type: ignore[misc]
+            must_equal([line for _, line in found], lines, "lines too")
 
 
 @_durable

@@ -77,8 +77,8 @@ def upgrade() -> None:
         sa.Column("created_at", Moment(), nullable=False),
         sa.Column("last_active_at", Moment(), nullable=False),
         sa.Column("expires_at", Moment(), nullable=True),
-        sa.Column("ttl_seconds", sa.Integer(), nullable=True),
-        sa.Column("deleting", sa.Boolean(), server_default=sa.text("0"), nullable=False),
+        sa.Column("ttl_seconds", sa.BigInteger().with_variant(sa.Integer, "sqlite"), nullable=True),
+        sa.Column("deleting", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_sessions")),
         sa.UniqueConstraint("number", name=op.f("uq_sessions_number")),
     )

@@ -1,0 +1,45 @@
+"""Errors in the shape that FastAPI gave the older services' own: `{"detail": …}`."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.encoders import jsonable_encoder
+from pydantic import ValidationError
+from starlette.responses import JSONResponse, Response
+
+from carrel.errors import CarrelError
+
+log = structlog.get_logger(__name__)
+
+
+def refusal(error: CarrelError) -> Response:
+    """The error as a response."""
+    headers = {}
+    if error.http_status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    return JSONResponse({"detail": error.message}, status_code=error.http_status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Have every error of the application answered as `{"detail": …}`."""
+
+    @app.exception_handler(CarrelError)
+    async def ours(request: Request, error: CarrelError) -> Response:
+        if error.http_status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            log.warning("request.failed", code=error.code, path=request.url.path, detail=str(error))
+        return refusal(error)
+
+    @app.exception_handler(ValidationError)
+    async def invalid_inside(request: Request, error: ValidationError) -> Response:
+        found = [{"type": e["type"], "loc": ["body", *e["loc"]], "msg": e["msg"]} for e in error.errors()]
+        return JSONResponse({"detail": jsonable_encoder(found)}, status_code=422)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        log.error("request.crashed", path=request.url.path, exc_info=error)
+        return JSONResponse({"detail": "Internal server error"}, status_code=500)

@@ -1,0 +1,131 @@
+"""Looks at what every sandbox takes, each second: ends the one that runs wild, and frees idle ones for want of memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import structlog
+
+from carrel import abc
+from carrel.model import Sandbox, SandboxStatus, Session
+from carrel.sessions import steps
+from carrel.sessions.admission import Admission
+from carrel.sessions.hub import Hub
+from carrel.sessions.owner import Owner, excess_failure
+from carrel.sessions.scheduler import Scheduler
+
+__all__ = ["Guard", "Looked"]
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found when the sandboxes were last looked at."""
+
+    sandboxes: Mapping[str, abc.SandboxUsage] = field(default_factory=dict)
+    """By the sandbox's id."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all of them take together."""
+        return sum(usage.memory_bytes for usage in self.sandboxes.values())
+
+    @property
+    def processes(self) -> int:
+        """How many processes and threads they have together."""
+        return sum(usage.processes for usage in self.sandboxes.values())
+
+
+class Guard:
+    """Holds sandboxes to what they may take."""
+
+    def __init__(self, store: abc.Store, runtime: abc.Runtime, hub: Hub, owner: Owner, scheduler: Scheduler) -> None:
+        """Make the guard; it looks at nothing before `start` or `look`."""
+        self._store = store
+        self._runtime = runtime
+        self._hub = hub
+        self._owner = owner
+        self._scheduler = scheduler
+        self._latest = Looked()
+
+    async def start(self, exit_stack: AsyncExitStack) -> None:
+        """Look, each second from now on."""
+        task = asyncio.create_task(self._repeat(), name="guard")
+        exit_stack.callback(task.cancel)
+
+    def latest(self) -> Looked:
+        """What was found last."""
+        return self._latest
+
+    async def look(self) -> None:
+        """Look once, and do what is due."""
+        sandboxes = await self._store.read(lambda tx: list(tx.sandboxes.not_gone()))
+        usage = await self._runtime.measure({each.id: each.state for each in sandboxes if each.state})
+        self._latest = Looked(usage)
+        memory = self._owner.memory
+        # Until its agent is connected, a sandbox has not taken yet what it will.
+        live = [each.session_id for each in sandboxes if each.id in usage and each.status is SandboxStatus.LIVE]
+        memory.report(self._latest.memory_bytes, live)
+        for sandbox in sandboxes:
+            found = usage.get(sandbox.id)
+            if found is not None and found.excess is not None and sandbox.status is not SandboxStatus.ENDING:
+                self._end(sandbox, found, found.excess)
+        if memory.limit_bytes is not None:
+            over = self._latest.memory_bytes - memory.limit_bytes
+            if over >= 0:
+                await self._free([each for each in sandboxes if each.id in usage], usage, over)
+
+    def _end(self, sandbox: Sandbox, usage: abc.SandboxUsage, excess: abc.Excess) -> None:
+        log.warning(
+            "sandbox.excess",
+            session=sandbox.session_id,
+            sandbox=sandbox.id,
+            of=excess,
+            memory_mb=usage.memory_bytes >> 20,
+            processes=usage.processes,
+        )
+        self._hub.fail(sandbox.id, excess_failure(excess), str(usage))
+        self._scheduler.poke(sandbox.session_id)
+
+    async def _free(self, sandboxes: list[Sandbox], usage: Mapping[str, abc.SandboxUsage], over_bytes: int) -> None:
+        """Free idle sandboxes, the least recently used first, until enough is on its way back."""
+        # What is ending already is as good as back: its turn to be counted is the next look.
+        over_bytes -= sum(usage[each.id].memory_bytes for each in sandboxes if each.status is SandboxStatus.ENDING)
+        live = {each.id: each for each in sandboxes if each.status is SandboxStatus.LIVE}
+        for sandbox_id, session in await self._store.read(
+            lambda tx: _resting(tx, live.values(), self._owner.admission)
+        ):
+            if over_bytes < 0:
+                return
+            link = self._hub.link(sandbox_id)
+            if link is None or not link.ready or link.background_tasks > 0:
+                continue
+            if await self._owner.free(session.id, sandbox_id):
+                log.info("sandbox.freed", session=session.id, sandbox=sandbox_id, why="memory")
+                over_bytes -= usage[sandbox_id].memory_bytes
+                self._scheduler.poke(session.id)
+
+    async def _repeat(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                await self.look()
+            except Exception:
+                # The store may be away for a while; whoever runs wild meanwhile is still there at the next look.
+                log.exception("guard.failed")
+
+
+def _resting(tx: abc.Transaction, sandboxes: Iterable[Sandbox], admission: Admission) -> list[tuple[str, Session]]:
+    """Those whose sessions rest, each with its session, the least recently used first."""
+    found = []
+    for sandbox in sandboxes:
+        session = tx.sessions.get(sandbox.session_id)
+        if session is not None and steps.resting(tx, session, admission):
+            found.append((sandbox.id, session))
+    return sorted(found, key=lambda each: each[1].last_active_at)

@@ -1,0 +1,188 @@
+"""What the owner's steps do to a session's rows, each in one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from carrel import abc
+from carrel.errors import DiskFull, SandboxLost, SandboxOutOfMemory, SandboxOutOfProcesses
+from carrel.model import (
+    Failure,
+    OnSandboxLost,
+    Sandbox,
+    SandboxStatus,
+    Session,
+    SessionStatus,
+    StopReason,
+    Turn,
+    TurnStatus,
+    utc_now,
+)
+from carrel.protocol.events import SessionDeleted
+from carrel.sessions import transitions
+from carrel.sessions.admission import Admission
+from carrel.sessions.hub import token_hash
+
+_STRIKE_AGAIN = frozenset({SandboxOutOfMemory.code, SandboxOutOfProcesses.code, DiskFull.code})
+"""Whoever took such a turn up again would do the same again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A session's rows, as one step sees them."""
+
+    session: Session | None
+    deleting: bool
+    sandbox: Sandbox | None
+    live: Turn | None
+    queued: list[Turn]
+
+
+def view(tx: abc.Transaction, session_id: str) -> View:
+    """The session's rows, all as they are at one instant."""
+    session = tx.sessions.get(session_id)
+    return View(
+        session=session,
+        deleting=session is None and tx.sessions.deleting(session_id),
+        sandbox=tx.sandboxes.current(session_id),
+        live=tx.turns.live(session_id),
+        queued=list(tx.turns.queued(session_id)),
+    )
+
+
+def goes_on(turn: Turn) -> bool:
+    """Whether a new agent takes the turn up when its sandbox is lost."""
+    return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE and turn.interrupt_reason is None
+
+
+def mark_deleted(tx: abc.Transaction, session_id: str) -> None:
+    """The session is gone for everyone from here on; the owner removes what is left of it."""
+    transitions.emit(tx, session_id, SessionDeleted())
+    tx.sessions.mark_deleting(session_id)
+
+
+class Launching(Enum):
+    """What became of a sandbox that was to be launched."""
+
+    STORED = auto()
+    OUTDATED = auto()
+    """The rows have changed: look at them again."""
+    WAITS = auto()
+    """All places are taken; whoever gives them away says when it is time."""
+
+
+def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission: Admission) -> Launching:
+    """Store a sandbox that is to be launched, if one is still wanted and its turn may go to work."""
+    session = tx.sessions.get(spec.session_id)
+    if session is None or session.generation + 1 != spec.generation:
+        return Launching.OUTDATED
+    if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
+        return Launching.OUTDATED
+    queued = tx.turns.queued(session.id)
+    wanted = session.status is SessionStatus.IDLE and queued and tx.turns.live(session.id) is None
+    if wanted and not admission.admits(tx, queued[0].id):
+        return Launching.WAITS
+    tx.sandboxes.add(
+        Sandbox(
+            id=spec.sandbox_id,
+            session_id=spec.session_id,
+            generation=spec.generation,
+            status=SandboxStatus.LAUNCHING,
+            runtime=runtime,
+            link_token_hash=token_hash(spec.link_token),
+            agent_token_hash=token_hash(spec.agent_token),
+            created_at=utc_now(),
+        )
+    )
+    if session.status is not SessionStatus.STARTING:
+        # The gateway may have died between the end of a lost sandbox and saying so.
+        session = transitions.settle(tx, session)
+    transitions.set_status(tx, session, SessionStatus.STARTING, generation=spec.generation)
+    return Launching.STORED
+
+
+def continue_turn(tx: abc.Transaction, session_id: str, turn_id: str, sandbox: Sandbox) -> None:
+    """Have this sandbox take up the turn that a lost one has begun."""
+    session, turn = tx.sessions.get(session_id), tx.turns.get(turn_id)
+    if session is not None and turn is not None and not turn.status.ended:
+        transitions.continue_turn(tx, session, turn, sandbox.id)
+
+
+def resting(tx: abc.Transaction, session: Session, admission: Admission) -> bool:
+    """Whether the session's sandbox has nothing to do: no turn waits for it, or none that may go to work now.
+
+    One whose turn waits for a place counts too: its memory may be just what the turn in that place needs.
+    """
+    if session.status is not SessionStatus.READY:
+        return False
+    queued = tx.turns.queued(session.id)
+    return not queued or not admission.is_next(tx, queued[0].id)
+
+
+def evict(tx: abc.Transaction, session_id: str, sandbox_id: str, admission: Admission) -> bool:
+    """Have a session whose sandbox has nothing to do give it up. Whether it does."""
+    session, sandbox = tx.sessions.get(session_id), tx.sandboxes.current(session_id)
+    if session is None or not resting(tx, session, admission):
+        return False
+    if sandbox is None or sandbox.id != sandbox_id:
+        return False
+    tx.sandboxes.update(sandbox_id, status=SandboxStatus.ENDING)
+    transitions.set_status(tx, session, SessionStatus.IDLE)
+    return True
+
+
+def lose(tx: abc.Transaction, session_id: str, failure: Failure | None = None) -> None:
+    """The sandbox is gone: its turn ends with it, unless it is to go on."""
+    session = tx.sessions.get(session_id)
+    if session is None:
+        return
+    live = tx.turns.live(session_id)
+    lost = SandboxLost()
+    told = failure or (live.error if live is not None else None) or Failure(code=lost.code, message=lost.message)
+    reason = StopReason.SANDBOX_LOST if told.code == lost.code else StopReason.ERROR
+    if failure is None and live is not None and live.error is not None and live.interrupt_reason is not None:
+        reason = live.interrupt_reason
+    if live is not None and (told.code in _STRIKE_AGAIN or not goes_on(live)):
+        transitions.fail_turn(tx, session, live, told, reason)
+    if session.status is SessionStatus.STARTING and tx.turns.queued(session_id):
+        # Nothing was begun, so nothing was lost: the next step starts another.
+        return
+    transitions.settle(tx, session, stop_reason=reason if live is not None else None)
+
+
+def settle(tx: abc.Transaction, session_id: str) -> None:
+    """A session without a sandbox is idle."""
+    session = tx.sessions.get(session_id)
+    if session is not None:
+        transitions.settle(tx, session)
+
+
+def could_not_start(tx: abc.Transaction, session_id: str, failure: Failure) -> None:
+    """What waits for the sandbox fails, and so does the session."""
+    fail_waiting(tx, session_id, failure, StopReason.ERROR)
+    session = tx.sessions.get(session_id)
+    if session is not None and session.status is SessionStatus.STARTING:
+        transitions.set_status(tx, session, SessionStatus.FAILED, stop_reason=StopReason.ERROR, error=failure)
+    elif session is not None:
+        transitions.settle(tx, session, stop_reason=StopReason.ERROR)
+
+
+def fail_waiting(tx: abc.Transaction, session_id: str, failure: Failure, stop_reason: StopReason) -> None:
+    """Fail the turn at work and all that wait."""
+    session = tx.sessions.get(session_id)
+    if session is None:
+        return
+    live = tx.turns.live(session_id)
+    for turn in [*([live] if live else []), *tx.turns.queued(session_id)]:
+        transitions.fail_turn(tx, session, turn, failure, stop_reason)
+    tx.sessions.update(session_id, stop_reason=stop_reason)
+
+
+def expire(tx: abc.Transaction, session_id: str, turn_ids: list[str]) -> None:
+    """These turns have waited for too long."""
+    session = tx.sessions.get(session_id)
+    for turn_id in turn_ids:
+        turn = tx.turns.get(turn_id)
+        if session is not None and turn is not None and turn.status is TurnStatus.QUEUED:
+            transitions.complete_turn(tx, session, turn, TurnStatus.EXPIRED, stop_reason=None)

@@ -1,0 +1,27 @@
+"""The roles of a transaction, in SQL that SQLite and PostgreSQL both take."""
+
+from carrel.store.rows.audit import SqlAudit
+from carrel.store.rows.counts import SqlCounts
+from carrel.store.rows.events import SqlEvents
+from carrel.store.rows.idempotency import SqlIdempotency
+from carrel.store.rows.people import SqlKeys, SqlTickets, SqlUsers
+from carrel.store.rows.sandboxes import SqlSandboxes
+from carrel.store.rows.sessions import SqlSessions
+from carrel.store.rows.transcripts import SqlTranscripts
+from carrel.store.rows.turns import SqlTurns
+from carrel.store.rows.usage import SqlUsage
+
+__all__ = [
+    "SqlAudit",
+    "SqlCounts",
+    "SqlEvents",
+    "SqlIdempotency",
+    "SqlKeys",
+    "SqlSandboxes",
+    "SqlSessions",
+    "SqlTickets",
+    "SqlTranscripts",
+    "SqlTurns",
+    "SqlUsage",
+    "SqlUsers",
+]

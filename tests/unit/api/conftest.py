@@ -1,0 +1,84 @@
+"""The application over a gateway with fake sandboxes, called without a network."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from carrel.api import Services, create_app
+from carrel.api.audit import AuditLog
+from carrel.api.edges import Edges
+from carrel.auth import AdminKey, Authenticator
+from carrel.budgets import Allowances
+from carrel.sessions.history import History
+from carrel.sessions.spending import Spending
+from carrel.testing import FakeGateway, FakeHost
+
+KEY = "carrel_admin_0123456789abcdefghijklmnopqrstuv"
+
+
+class Called:
+    """An application, and clients that call it from wherever they say."""
+
+    def __init__(self, gateway: FakeGateway, services: Services) -> None:
+        self.gateway = gateway
+        self.services = services
+        self.app = create_app(services)
+        self.key = KEY
+
+    def client(self, address: str = "192.0.2.7", key: str | None = KEY, **headers: str) -> httpx.AsyncClient:
+        given = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app, client=(address, 1234), raise_app_exceptions=False),
+            base_url="http://localhost:8000",
+            headers=given | {name.replace("_", "-"): value for name, value in headers.items()},
+        )
+
+
+async def quiet(gateway: FakeGateway) -> None:
+    """Wait until no turn is at work or waits: a fake sandbox that starts while its gateway ends waits for ever."""
+    async with asyncio.timeout(20):
+        while await gateway.store.read(lambda tx: tx.counts.busy() + tx.counts.queued_turns()):
+            await asyncio.sleep(0.005)
+
+
+Build = Callable[..., Awaitable[Called]]
+
+
+@pytest.fixture
+async def build(tmp_path: Path) -> AsyncIterator[Build]:
+    """`await build(per_key=Limiter(…))` makes an application with these edges; `auth=False` wants no key."""
+    async with AsyncExitStack() as stack:
+        host = await stack.enter_async_context(FakeHost())
+
+        async def build_one(*, auth: bool = True, audit: dict[str, Any] | None = None, **edges: Any) -> Called:
+            gateway = await stack.enter_async_context(FakeGateway(host, tmp_path))
+            stack.push_async_callback(quiet, gateway)
+            if audit is not None:
+                edges["audit"] = AuditLog(gateway.store, **audit)
+                await edges["audit"].start(stack)
+
+            async def ready() -> dict[str, Any]:
+                return {"store": True}
+
+            async def models() -> list[dict[str, Any]]:
+                raise KeyError("an error that nobody expected")
+
+            key = AdminKey(KEY, new=False) if auth else None
+            services = Services(
+                store=gateway.store,
+                sessions=gateway.service,
+                authenticator=Authenticator(gateway.store, admin_key=key) if key is not None else None,
+                spending=Spending(gateway.store, Allowances()),
+                history=History(gateway.store),
+                ready=ready,
+                models=models,
+                edges=Edges(**edges),
+            )
+            return Called(gateway, services)
+
+        yield build_one
