@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from carrel.errors import StoreOutcomeUnknown, StoreUnavailable
-from carrel.model import ApiKey, Sandbox, Session, SessionStatus, Ticket, Turn, Usage, User
+from carrel.model import ApiKey, Sandbox, SandboxTemplate, Session, SessionStatus, Ticket, Turn, Usage, User
 from carrel.protocol.events import Delta, NewEvent, StoredEvent
 
 __all__ = [
@@ -78,6 +78,7 @@ class LaunchSpec:
     """The last folder above the workspace that no agent can change; from there on no link is followed."""
     home: str
     owner: tuple[int, int] | None
+    template: SandboxTemplate = field(default_factory=SandboxTemplate)
 
 
 class Excess(StrEnum):

@@ -252,6 +252,58 @@ class Workspace(Frozen):
         return self
 
 
+class NetworkPolicy(Frozen):
+    """What a sandbox reaches beside the gateway: nothing, some names through the egress proxy, or everything."""
+
+    mode: Literal["gateway-only", "allow", "open"] = "gateway-only"
+    allow: tuple[str, ...] = Field(default=(), description="Names of hosts; `*.example.org` is every name below it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        """A word, or `{"allow": [...]}`, is how people write it."""
+        if isinstance(value, str):
+            return {"mode": value}
+        if isinstance(value, dict) and "allow" in value and "mode" not in value:
+            return {"mode": "allow", **value}
+        return value
+
+    @model_validator(mode="after")
+    def _names_only_if_allowed(self) -> NetworkPolicy:
+        if bool(self.allow) != (self.mode == "allow"):
+            raise ValueError('give "gateway-only", "open", or {"allow": [names]} with at least one name')
+        return self
+
+
+class Resources(Frozen):
+    """The most that one sandbox may take; None: what the settings say."""
+
+    memory_mb: int | None = Field(default=None, ge=128, description="Mebibytes of memory; there is no swap beside it.")
+    processes: int | None = Field(default=None, ge=16, description="Processes, their threads included.")
+    cpus: float | None = Field(default=None, gt=0, le=1024, description="Processor cores.")
+    disk_mb: int | None = Field(default=None, ge=16, description="Mebibytes that it may write, where that can be held.")
+
+
+class HostFolder(Frozen):
+    """A folder of the host that sandboxes are shown."""
+
+    source: str = Field(pattern="^/", description="Where it is on the host.")
+    target: str = Field(pattern="^/", description="Where the sandbox sees it.")
+    read_only: bool = True
+
+
+class SandboxTemplate(Frozen):
+    """How a sandbox is made: what the version of an environment says of it, in no runtime's own words."""
+
+    image: str | None = Field(default=None, description="The container image; None: what the settings say.")
+    platform: str | None = Field(default=None, description="Such as `linux/arm64`.")
+    oci_runtime: str | None = Field(default=None, description="Another runtime of containers, such as `runsc`.")
+    mounts: tuple[HostFolder, ...] = ()
+    resources: Resources = Resources()
+    network: NetworkPolicy | None = Field(default=None, description="None: what the settings say.")
+    variables: dict[str, str] = Field(default={}, repr=False, description="For the environment of the agent.")
+
+
 class Session(Frozen):
     """A durable conversation with its files."""
 
