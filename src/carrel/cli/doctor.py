@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +17,10 @@ from carrel.cli.context import context_of
 from carrel.cli.output import one_line, print_json
 from carrel.model import Isolation
 
-__all__ = ["Facts", "Level", "Line", "check", "doctor"]
+if TYPE_CHECKING:
+    from carrel.cli.facts import Facts
+
+__all__ = ["Level", "Line", "check", "doctor"]
 
 OLDEST_PYTHON = (3, 11)
 LEAST_FREE_BYTES = 500 * 2**20
@@ -40,33 +43,6 @@ class Line:
     name: str
     found: str
     remedy: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """All that is known of this machine. `…_error` says why something does not work; None: it does."""
-
-    python: tuple[int, int, int]
-    cli_path: str | None
-    cli_version: str | None
-    cli_error: str | None
-    cpu_flags: frozenset[str] | None
-    """None where the processor does not tell, or is not an x86."""
-    isolation: Isolation | None
-    bubblewrap: str | None
-    bubblewrap_error: str | None
-    user_namespaces_error: str | None
-    data: Path
-    data_error: str | None
-    free_bytes: int
-    host: str
-    port: int
-    port_error: str | None
-    model_upstream: str
-    credential: str | None
-    """The name of what is set."""
-    server: str | None
-    server_error: str | None
 
 
 def doctor(

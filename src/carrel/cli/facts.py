@@ -9,18 +9,46 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from carrel.cli.context import Context, running_server
-from carrel.cli.doctor import Facts
 from carrel.client import Carrel
 from carrel.errors import CarrelError, IsolationUnavailable, OperatorError
+from carrel.model import Isolation
 from carrel.settings import Settings
 
-__all__ = ["cpu_flags", "gather", "namespaces_error"]
+__all__ = ["Facts", "cpu_flags", "gather", "namespaces_error"]
 
 _CLI_SECONDS = 60
 _SERVER_SECONDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All that is known of this machine. `…_error` says why something does not work; None: it does."""
+
+    python: tuple[int, int, int]
+    cli_path: str | None
+    cli_version: str | None
+    cli_error: str | None
+    cpu_flags: frozenset[str] | None
+    """None where the processor does not tell, or is not an x86."""
+    isolation: Isolation | None
+    bubblewrap: str | None
+    bubblewrap_error: str | None
+    user_namespaces_error: str | None
+    data: Path
+    data_error: str | None
+    free_bytes: int
+    host: str
+    port: int
+    port_error: str | None
+    model_upstream: str
+    credential: str | None
+    """The name of what is set."""
+    server: str | None
+    server_error: str | None
 
 
 def gather(context: Context, config: Path | None = None) -> Facts:

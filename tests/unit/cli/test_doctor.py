@@ -9,7 +9,8 @@ import pytest
 
 from carrel.cli import facts as gathering
 from carrel.cli.app import run
-from carrel.cli.doctor import Facts, Level, Line, check
+from carrel.cli.doctor import Level, Line, check
+from carrel.cli.facts import Facts
 from carrel.model import Isolation
 
 WELL = Facts(
