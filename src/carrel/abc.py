@@ -140,7 +140,11 @@ class Runtime(ABC):
 
     @abstractmethod
     async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:
-        """For each sandbox id, whether its runner is alive now. Says False only when it is confirmed gone."""
+        """For each sandbox id, whether its runner is alive now. Says False only when it is confirmed gone.
+
+        It is not, and True is the answer, while nobody can tell: a launch was cut short and may come to something yet,
+        or who would know does not answer.
+        """
 
     @abstractmethod
     async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, SandboxUsage]:

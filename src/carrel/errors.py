@@ -47,7 +47,9 @@
     ├── TurnFailure                     (how a turn can fail; told in the turn, never as a status of HTTP)
     │   ├── SandboxLost
     │   ├── SandboxLaunchFailed
-    │   │   └── AgentStartFailed
+    │   │   ├── AgentStartFailed
+    │   │   ├── ImageMissing
+    │   │   └── RuntimeUnavailable
     │   ├── TurnTimedOut
     │   ├── BudgetReached
     │   ├── PriceUnknown
@@ -383,6 +385,14 @@ class SandboxLaunchFailed(TurnFailure):
 
 class AgentStartFailed(SandboxLaunchFailed):
     """Claude Code could not be started in the sandbox."""
+
+
+class ImageMissing(SandboxLaunchFailed):
+    """The image that the session's sandbox is to be made of is not there; the operator builds or pulls it."""
+
+
+class RuntimeUnavailable(SandboxLaunchFailed):
+    """What makes sandboxes does not answer just now; send the prompt again in a while."""
 
 
 class TurnTimedOut(TurnFailure):

@@ -14,6 +14,7 @@ from carrel.model import SandboxStatus, StopReason, TurnStatus
 from carrel.sessions import transitions
 from carrel.sessions.hub import Hub
 from carrel.sessions.owner import Owner
+from carrel.sessions.runtimes import Runtimes
 
 log = structlog.get_logger(__name__)
 
@@ -21,7 +22,7 @@ _LOOK_SECONDS = 0.05
 _INTERRUPT_SECONDS = 5.0
 
 
-async def drain(owner: Owner, services: Services, hub: Hub, runtime: abc.Runtime, seconds: float) -> None:
+async def drain(owner: Owner, services: Services, hub: Hub, runtimes: Runtimes, seconds: float) -> None:
     """End every sandbox of this server; running turns have `seconds` to finish and are interrupted after that."""
     owner.draining = True
     try:
@@ -29,7 +30,7 @@ async def drain(owner: Owner, services: Services, hub: Hub, runtime: abc.Runtime
     except StoreUnavailable:
         # The rows keep what they say; the next start mends them. What runs is ended all the same.
         log.warning("drain.store_away")
-        for state in (await runtime.owned()).values():
+        for runtime, _, state in await runtimes.owned():
             await runtime.terminate(state)
     if services.tasks:
         await asyncio.wait(services.tasks, timeout=_INTERRUPT_SECONDS)

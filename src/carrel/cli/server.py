@@ -44,6 +44,7 @@ from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.reconciler import Reconciler
+from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.spending import Spending
@@ -95,7 +96,7 @@ async def running(settings: Settings, *, span_exporter: Any = None) -> AsyncIter
         app = create_app(parts.services)
         for name in settings.dialects:
             options = dialect_options(
-                settings, name, parts.authenticator, parts.source, isolated=parts.runtime.isolated
+                settings, name, parts.authenticator, parts.source, isolated=parts.runtimes.isolated
             )
             mount(app, name, create_dialect(name, parts.services, options))
         listeners = await listen(settings, app, stack)
@@ -105,7 +106,7 @@ async def running(settings: Settings, *, span_exporter: Any = None) -> AsyncIter
         say_dialects(settings, listeners)
         await parts.reconciler.start(stack)
         await parts.guard.start(stack)
-        stack.push_async_callback(drain, parts.owner, parts.services, parts.hub, parts.runtime, settings.drain_seconds)
+        stack.push_async_callback(drain, parts.owner, parts.services, parts.hub, parts.runtimes, settings.drain_seconds)
         yield Running(url, key.key if key else None, settings.data, parts.services, parts.hub, parts.guard, listeners)
 
 
@@ -147,7 +148,7 @@ class _Parts:
     services: Services
     owner: Owner
     hub: Hub
-    runtime: LocalRuntime
+    runtimes: Runtimes
     reconciler: Reconciler
     guard: Guard
     authenticator: Authenticator
@@ -178,8 +179,8 @@ async def _build(
     await serve_unix(seen.model_requests(gateway.app()), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
-    runtime = LocalRuntime(_runtime_options(settings, folder, direct))
-    await runtime.start(stack)
+    runtimes = Runtimes([LocalRuntime(_runtime_options(settings, folder, direct))])
+    await runtimes.start(stack)
     own_users = os.geteuid() == 0 and isolation is Isolation.BUBBLEWRAP
     folders = Folders(
         settings.data / "sessions",
@@ -197,7 +198,7 @@ async def _build(
     live.observers.append(admission.heard)
     owner = Owner(
         store,
-        runtime,
+        runtimes,
         folders,
         hub,
         admission,
@@ -233,14 +234,14 @@ async def _build(
             max_sessions=settings.limits.max_sessions,
             max_sessions_per_user=settings.limits.max_sessions_per_user,
             metered=direct is None,
-            allow_bypass=runtime.isolated or settings.allow_bypass_without_isolation,
+            allow_bypass=runtimes.isolated or settings.allow_bypass_without_isolation,
             defaults=SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"})),
             default_ttl_seconds=settings.defaults.ttl_seconds or None,
             trace=seen.trace,
         ),
     )
 
-    guard = Guard(store, runtime, hub, owner, scheduler)
+    guard = Guard(store, runtimes, hub, owner, scheduler)
 
     async def ready() -> dict[str, Any]:
         await store.read(lambda tx: tx.sessions.get(""))
@@ -260,7 +261,7 @@ async def _build(
             settings, store, seen, stack, links=lambda: len(hub), memory=lambda: _memory_seen(guard, owner.memory)
         ),
     )
-    return _Parts(services, owner, hub, runtime, Reconciler(store, runtime, scheduler), guard, authenticator, source)
+    return _Parts(services, owner, hub, runtimes, Reconciler(store, runtimes, scheduler), guard, authenticator, source)
 
 
 def _runtime_options(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | None) -> LocalRuntimeOptions:

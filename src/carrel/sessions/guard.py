@@ -15,6 +15,7 @@ from carrel.sessions import steps
 from carrel.sessions.admission import Admission
 from carrel.sessions.hub import Hub
 from carrel.sessions.owner import Owner, excess_failure
+from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 
 __all__ = ["Guard", "Looked"]
@@ -45,10 +46,10 @@ class Looked:
 class Guard:
     """Holds sandboxes to what they may take."""
 
-    def __init__(self, store: abc.Store, runtime: abc.Runtime, hub: Hub, owner: Owner, scheduler: Scheduler) -> None:
+    def __init__(self, store: abc.Store, runtimes: Runtimes, hub: Hub, owner: Owner, scheduler: Scheduler) -> None:
         """Make the guard; it looks at nothing before `start` or `look`."""
         self._store = store
-        self._runtime = runtime
+        self._runtimes = runtimes
         self._hub = hub
         self._owner = owner
         self._scheduler = scheduler
@@ -66,7 +67,7 @@ class Guard:
     async def look(self) -> None:
         """Look once, and do what is due."""
         sandboxes = await self._store.read(lambda tx: list(tx.sandboxes.not_gone()))
-        usage = await self._runtime.measure({each.id: each.state for each in sandboxes if each.state})
+        usage = await self._runtimes.measure(sandboxes)
         self._latest = Looked(usage)
         memory = self._owner.memory
         # Until its agent is connected, a sandbox has not taken yet what it will.

@@ -85,6 +85,7 @@ class Link:
     def __init__(self, sandbox: Sandbox, connection: LinkConnection, hello: Hello) -> None:
         self.sandbox_id = sandbox.id
         self.session_id = sandbox.session_id
+        self.runtime = sandbox.runtime
         self.state = sandbox.state
         self.again = hello.bound
         self.bound = hello.bound

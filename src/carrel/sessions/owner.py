@@ -50,6 +50,7 @@ from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
 from carrel.sessions.hub import Hub, Link
 from carrel.sessions.memory import Memory
+from carrel.sessions.runtimes import Runtimes
 
 log = structlog.get_logger(__name__)
 
@@ -104,7 +105,7 @@ class Owner:
     def __init__(
         self,
         store: abc.Store,
-        runtime: abc.Runtime,
+        runtimes: Runtimes,
         folders: Folders,
         hub: Hub,
         admission: Admission,
@@ -118,7 +119,7 @@ class Owner:
 
         Args:
             store: the rows.
-            runtime: where sandboxes are made.
+            runtimes: where sandboxes are made.
             folders: where files are.
             hub: who is connected.
             admission: says when a turn may go to work.
@@ -129,7 +130,7 @@ class Owner:
         """
         self.memory = memory or Memory()
         self._store = store
-        self._runtime = runtime
+        self._runtimes = runtimes
         self._folders = folders
         self._hub = hub
         self.admission = admission
@@ -216,6 +217,7 @@ class Owner:
                 raise
             await self._fail_all(session.id, DiskFull(), stop_reason=StopReason.ERROR)
             return 0.0
+        runtime = self._runtimes.default
         within = self._folders.within(session)
         spec = abc.LaunchSpec(
             sandbox_id=new_id(),
@@ -229,14 +231,14 @@ class Owner:
             home=str(self._folders.home(session)),
             owner=self._folders.owner(session),
         )
-        stored = await self._store.write(lambda tx: steps.launching(tx, spec, self._runtime.name, self.admission))
+        stored = await self._store.write(lambda tx: steps.launching(tx, spec, runtime.name, self.admission))
         if stored is not steps.Launching.STORED:
             self.memory.release(session.id)
             return 0.0 if stored is steps.Launching.OUTDATED else None
         self._launches[session.id] = self._launches.get(session.id, 0) + 1
         reached("sandbox.stored")
         try:
-            async for state in self._runtime.launch(spec):
+            async for state in runtime.launch(spec):
                 await self._store.write_surely(lambda tx, s=state: tx.sandboxes.update(spec.sandbox_id, state=s))  # type: ignore[misc]
             reached("sandbox.forked")
         except DiskFull as error:
@@ -279,12 +281,7 @@ class Owner:
 
     async def _unconnected(self, session: Session, sandbox: Sandbox) -> float | None:
         """No link: the runner is still starting, is on its way back, or is gone."""
-        alive = (await self._runtime.probe({sandbox.id: sandbox.state}))[sandbox.id]
-        if not alive and (sandbox.status is SandboxStatus.LIVE or "pid" in sandbox.state):
-            await self._lose(session.id, sandbox)
-            return 0.0
-        if not alive and not sandbox.state:
-            # Its row was stored, and the gateway ended before anything was started.
+        if not await self._runtimes.alive(sandbox.runtime, sandbox.id, sandbox.state):
             await self._lose(session.id, sandbox)
             return 0.0
         if sandbox.status is SandboxStatus.LAUNCHING:
@@ -310,9 +307,9 @@ class Owner:
         return 0.001
 
     async def _logs(self, sandbox: Sandbox) -> str:
-        if "folder" not in sandbox.state:
+        if not sandbox.state:
             return ""
-        return "\n".join([line async for line in self._runtime.logs(sandbox.state)][-20:])
+        return "\n".join([line async for line in self._runtimes.named(sandbox.runtime).logs(sandbox.state)][-20:])
 
     async def _bind(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> None:
         spec = SessionSpec.model_validate(session.spec)
@@ -321,7 +318,8 @@ class Owner:
             spec = spec.model_copy(update={"mcp_servers": servers})
         if spec.model is None and self._options.default_model is not None:
             spec = spec.model_copy(update={"model": self._options.default_model})
-        mode = spec.permission_mode or (PermissionMode.BYPASS if self._runtime.isolated else PermissionMode.DEFAULT)
+        isolated = self._runtimes.named(sandbox.runtime).isolated
+        mode = spec.permission_mode or (PermissionMode.BYPASS if isolated else PermissionMode.DEFAULT)
         link.bound = True
         await link.tell(
             Bind(
@@ -344,7 +342,7 @@ class Owner:
 
     async def _lives(self, link: Link) -> bool:
         """Whether the runner is there: a prompt sent to one that has just died is not sent again."""
-        return (await self._runtime.probe({link.sandbox_id: link.state}))[link.sandbox_id]
+        return await self._runtimes.alive(link.runtime, link.sandbox_id, link.state)
 
     async def _start(self, turn: Turn, link: Link) -> bool:
         started = await self._store.write(lambda tx: self.start_if_free(tx, turn.id, link.sandbox_id))
@@ -459,7 +457,7 @@ class Owner:
         """Why the sandbox is lost. Its runner sees an agent that died; the host may know what it died of."""
         if told is not None and told.code != SandboxLost.code:
             return told
-        usage = (await self._runtime.measure({sandbox.id: sandbox.state})).get(sandbox.id)
+        usage = (await self._runtimes.measure([sandbox])).get(sandbox.id)
         return told if usage is None or usage.excess is None else excess_failure(usage.excess)
 
     async def _end(self, sandbox: Sandbox, *, gracefully: bool) -> None:
@@ -467,8 +465,7 @@ class Owner:
         if gracefully and link is not None:
             await link.tell(Shutdown(id=new_id()))
             await self._gone_within(sandbox, self._options.shutdown_grace_seconds)
-        if sandbox.state:
-            await self._runtime.terminate(sandbox.state)
+        await self._runtimes.terminate(sandbox)
         self._missed_since.pop(sandbox.id, None)
         self._hub.take_failure(sandbox.id)  # nobody asks for it any more
         await self._store.write(
@@ -478,7 +475,7 @@ class Owner:
     async def _gone_within(self, sandbox: Sandbox, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                while (await self._runtime.probe({sandbox.id: sandbox.state}))[sandbox.id]:
+                while await self._runtimes.alive(sandbox.runtime, sandbox.id, sandbox.state):
                     await asyncio.sleep(0.02)
         except TimeoutError:
             log.warning("sandbox.slow_to_end", sandbox=sandbox.id)

@@ -9,6 +9,7 @@ import structlog
 
 from carrel import abc
 from carrel.model import SandboxStatus, utc_now
+from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 
 log = structlog.get_logger(__name__)
@@ -19,10 +20,10 @@ _SWEEP_SECONDS = 15.0
 class Reconciler:
     """Finds sessions that need a look, and sandboxes that nobody has."""
 
-    def __init__(self, store: abc.Store, runtime: abc.Runtime, scheduler: Scheduler) -> None:
+    def __init__(self, store: abc.Store, runtimes: Runtimes, scheduler: Scheduler) -> None:
         """Make it; nothing runs before `start`."""
         self._store = store
-        self._runtime = runtime
+        self._runtimes = runtimes
         self._scheduler = scheduler
 
     async def start(self, exit_stack: AsyncExitStack) -> None:
@@ -34,12 +35,11 @@ class Reconciler:
 
     async def end_orphans(self) -> None:
         """End every sandbox of ours that no row knows, or that its row says is gone."""
-        owned = await self._runtime.owned()
-        for sandbox_id, state in owned.items():
+        for runtime, sandbox_id, state in await self._runtimes.owned():
             sandbox = await self._store.read(lambda tx, s=sandbox_id: tx.sandboxes.get(s))  # type: ignore[misc]
             if sandbox is None or sandbox.status is SandboxStatus.GONE:
                 log.warning("sandbox.orphan", sandbox=sandbox_id)
-                await self._runtime.terminate(state)
+                await runtime.terminate(state)
 
     async def sweep(self) -> None:
         """Have every session looked at that looks alive, has work, or whose time is over."""

@@ -23,6 +23,7 @@ from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.reconciler import Reconciler
+from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.streams import Streams
@@ -84,6 +85,7 @@ class FakeGateway:
         self.bus = wrap_bus(MemoryBus())
         self.live = Live(self.bus, observer)
         self.runtime = wrap_runtime(FakeRuntime(host))
+        self.runtimes = Runtimes([self.runtime])
         self.folders = Folders(folder / "sessions", users=folder / "users", first_uid=None)
         self.scheduler: Scheduler
         self.store = wrap_store(SqliteStore(folder / "carrel.db", on_commit=self.live.stored))
@@ -96,7 +98,7 @@ class FakeGateway:
         self.live.observers.append(self.admission.heard)
         self.owner = Owner(
             self.store,
-            self.runtime,
+            self.runtimes,
             self.folders,
             self.hub,
             self.admission,
@@ -118,12 +120,12 @@ class FakeGateway:
             run_blocking=asyncio.to_thread,
             options=service_options,
         )
-        self.reconciler = Reconciler(self.store, self.runtime, self.scheduler)
-        self.guard = Guard(self.store, self.runtime, self.hub, self.owner, self.scheduler)
+        self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
+        self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> FakeGateway:
-        for part in (self.bus, self.store, self.runtime, self.scheduler, self.admission):
+        for part in (self.bus, self.store, self.runtimes, self.scheduler, self.admission):
             await part.start(self._stack)
         self.host.connect(self.hub.serve)
         self._stack.push_async_callback(self.host.disconnect)

@@ -61,7 +61,7 @@ async def test_every_unsettled_session_is_looked_at(gateway: FakeGateway, host: 
     idle, ready, stopped = [await gateway.create() for _ in range(3)]
     await gateway.run(ready.id, "x")
     await gateway.service.stop(ALICE, stopped.id)
-    reconciler = Reconciler(gateway.store, gateway.runtime, Listens())  # type: ignore[arg-type]
+    reconciler = Reconciler(gateway.store, gateway.runtimes, Listens())  # type: ignore[arg-type]
     await reconciler.sweep()
     assert poked == [ready.id]
     await gateway.store.write(lambda tx: tx.sessions.mark_deleting(idle.id))

@@ -160,11 +160,8 @@ class LocalRuntime(abc.Runtime):
         shutil.rmtree(folder, ignore_errors=True)
 
     async def probe(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, bool]:
-        """Whether each runner's lock is held."""
-        return {
-            sandbox_id: "folder" in state and processes.lock_held(Path(str(state["folder"]), "lock"))
-            for sandbox_id, state in states.items()
-        }
+        """Whether each runner's lock is held, or is yet to be taken."""
+        return {sandbox_id: _alive(state) for sandbox_id, state in states.items()}
 
     async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, abc.SandboxUsage]:
         """What each takes, by its control group, or else by its processes."""
@@ -187,3 +184,11 @@ class LocalRuntime(abc.Runtime):
     def nursery_pid(self) -> int | None:
         """The preloaded parent's process id."""
         return self._nursery.pid
+
+
+def _alive(state: Mapping[str, Any]) -> bool:
+    folder = Path(str(state["folder"]))
+    if processes.lock_held(folder / "lock"):
+        return True
+    # A launch that was cut short after it had asked for a runner may come to one yet; without a folder it cannot.
+    return "pid" not in state and folder.exists()
