@@ -21,15 +21,30 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from carrel.errors import StoreOutcomeUnknown, StoreUnavailable
-from carrel.model import ApiKey, Sandbox, SandboxTemplate, Session, SessionStatus, Ticket, Turn, Usage, User
+from carrel.model import (
+    ApiKey,
+    Artifact,
+    NamedWorkspace,
+    Sandbox,
+    SandboxTemplate,
+    Session,
+    SessionStatus,
+    Snapshot,
+    Ticket,
+    Turn,
+    Usage,
+    User,
+)
 from carrel.protocol.events import Delta, NewEvent, StoredEvent
 
 __all__ = [
+    "ArtifactRows",
     "AuditFilter",
     "AuditRecord",
     "AuditRows",
     "CountRows",
     "CredentialSource",
+    "DoomedRows",
     "EventBus",
     "EventRows",
     "Excess",
@@ -46,6 +61,7 @@ __all__ = [
     "SandboxUsage",
     "SessionFilter",
     "SessionRows",
+    "SnapshotRows",
     "Store",
     "Subscription",
     "TicketRows",
@@ -58,6 +74,7 @@ __all__ = [
     "UsageSum",
     "UserRows",
     "WaitingTurn",
+    "WorkspaceRows",
 ]
 
 # ---------------------------------------------------------------------------------------------------------- runtimes
@@ -362,7 +379,7 @@ class SessionRows(ABC):
 
     @abstractmethod
     def unsettled(self, now: datetime) -> Sequence[str]:
-        """The ids of sessions that look alive, have turns queued, are being deleted, or whose time to live is over."""
+        """The ids of sessions that look alive, have turns queued, are being deleted or put back, or whose time is over."""
 
     @abstractmethod
     def deleting(self, session_id: str) -> bool:
@@ -438,6 +455,12 @@ class EventRows(ABC):
     ) -> list[StoredEvent]:
         """Events with a higher `seq` than `after`, in order; fewer than `limit` when they pass `max_bytes`."""
 
+    @abstractmethod
+    def completed(
+        self, session_id: str, *, turn_id: str | None = None, upto: int | None = None
+    ) -> tuple[str, int] | None:
+        """The last turn that has ended, and the number of the event that says so: this turn, or up to that number."""
+
 
 class TranscriptRows(ABC):
     """The agent's own transcripts, line by line, as it wrote them."""
@@ -457,6 +480,10 @@ class TranscriptRows(ABC):
     @abstractmethod
     def copy(self, source: str, target: str, *, up_to_turn: str | None, replace: tuple[str, str] | None) -> None:
         """Copy a session's transcripts to another, to the end of a turn, with one id in them put for another."""
+
+    @abstractmethod
+    def rewind(self, session_id: str, *, to_turn: str, replace: tuple[str, str] | None) -> None:
+        """Forget what came after a turn, and put one id in the rest for another."""
 
 
 class SandboxRows(ABC):
@@ -489,6 +516,10 @@ class SandboxRows(ABC):
     @abstractmethod
     def advance(self, sandbox_id: str, n: int) -> int:
         """Say that frames up to `n` are stored. Answers the mark before; it never goes back."""
+
+    @abstractmethod
+    def in_workspace(self, workspace_id: str) -> Sequence[Sandbox]:
+        """Every sandbox of a session that works in this persistent workspace and is not known to be gone."""
 
 
 class UsageRows(ABC):
@@ -627,6 +658,111 @@ class AuditRows(ABC):
         """Forget every record made before."""
 
 
+class WorkspaceRows(ABC):
+    """Persistent workspaces. One that is being deleted is not there any more for `get`, `named` and `page`."""
+
+    @abstractmethod
+    def add(self, workspace: NamedWorkspace) -> bool:
+        """Store a new workspace. False where its user has one of this name, which may be one that is being deleted."""
+
+    @abstractmethod
+    def get(self, workspace_id: str) -> NamedWorkspace | None:
+        """The workspace, or None. In a writing transaction, nobody else changes it before that has ended."""
+
+    @abstractmethod
+    def named(self, owner: str, name: str) -> NamedWorkspace | None:
+        """The user's workspace of this name, or None."""
+
+    @abstractmethod
+    def update(self, workspace_id: str, **changes: Any) -> NamedWorkspace:
+        """Change columns; `deleting=True` begins its deletion. Raises WorkspaceNotFound."""
+
+    @abstractmethod
+    def page(self, owner: str | None, *, cursor: str | None, limit: int) -> Page[NamedWorkspace]:
+        """Newest first, of one user or of all. Raises InvalidCursor."""
+
+    @abstractmethod
+    def sessions(self, workspace_id: str) -> Sequence[str]:
+        """The ids of sessions that have it, those that are being deleted too."""
+
+    @abstractmethod
+    def deleting(self) -> Sequence[str]:
+        """The ids of workspaces that are deleted and something of which is still to be removed."""
+
+    @abstractmethod
+    def remove(self, workspace_id: str) -> None:
+        """Delete the row."""
+
+
+class SnapshotRows(ABC):
+    """Snapshots of sessions' files. They have no part in a session's deletion: some outlive it with its workspace."""
+
+    @abstractmethod
+    def add(self, snapshot: Snapshot) -> None:
+        """Store a new snapshot."""
+
+    @abstractmethod
+    def get(self, snapshot_id: str) -> Snapshot | None:
+        """The snapshot, or None."""
+
+    @abstractmethod
+    def page(self, session_id: str, *, cursor: str | None, limit: int) -> Page[Snapshot]:
+        """A session's, newest first. Raises InvalidCursor."""
+
+    @abstractmethod
+    def of_files(self, *, session_id: str | None = None, workspace_id: str | None = None) -> Sequence[Snapshot]:
+        """Every snapshot of a session, or of all sessions in one persistent workspace, newest first."""
+
+    @abstractmethod
+    def of_turn(self, turn_id: str) -> Snapshot | None:
+        """The newest that was taken after this turn, or None."""
+
+    @abstractmethod
+    def remove(self, snapshot_ids: Sequence[str]) -> Sequence[str]:
+        """Delete rows. Answers the objects that no row has any more."""
+
+    @abstractmethod
+    def due(self) -> Sequence[str]:
+        """The ids of sessions whose files are still to be kept."""
+
+
+class ArtifactRows(ABC):
+    """Files that sessions have published."""
+
+    @abstractmethod
+    def add(self, artifact: Artifact) -> None:
+        """Store a new artifact."""
+
+    @abstractmethod
+    def get(self, artifact_id: str) -> Artifact | None:
+        """The artifact, or None."""
+
+    @abstractmethod
+    def page(self, session_id: str, *, cursor: str | None, limit: int) -> Page[Artifact]:
+        """A session's, newest first. Raises InvalidCursor."""
+
+    @abstractmethod
+    def remove(self, artifact_id: str) -> None:
+        """Delete the row."""
+
+
+class DoomedRows(ABC):
+    """Objects that are still to be deleted: whatever stands under a prefix. So that none is forgotten while the object
+    store is away."""
+
+    @abstractmethod
+    def add(self, prefix: str) -> None:
+        """From now on nothing refers to objects whose keys begin so."""
+
+    @abstractmethod
+    def some(self, limit: int) -> Sequence[str]:
+        """So many of the prefixes."""
+
+    @abstractmethod
+    def remove(self, prefix: str) -> None:
+        """They are deleted."""
+
+
 class Transaction(ABC):
     """Rows as one transaction sees them. Not to be used after it has ended."""
 
@@ -642,6 +778,10 @@ class Transaction(ABC):
     keys: KeyRows
     tickets: TicketRows
     audit: AuditRows
+    workspaces: WorkspaceRows
+    snapshots: SnapshotRows
+    artifacts: ArtifactRows
+    doomed: DoomedRows
 
     @abstractmethod
     def lock(self, name: str) -> None:

@@ -16,6 +16,9 @@
     │   ├── SessionNotFound             404
     │   ├── TurnNotFound                404
     │   ├── FileNotFound                404
+    │   ├── WorkspaceNotFound           404
+    │   ├── SnapshotNotFound            404
+    │   ├── ArtifactNotFound            404
     │   ├── UserNotFound                404
     │   ├── KeyNotFound                 404
     │   └── RouteNotFound               404
@@ -29,7 +32,14 @@
     │   ├── IdempotencyInFlight         409
     │   ├── UserExists                  409
     │   ├── NotAFile                    409
-    │   └── PathConflict                409
+    │   ├── PathConflict                409
+    │   ├── WorkspaceExists             409
+    │   ├── WorkspaceInUse              409
+    │   ├── WorkspaceOverQuota          409
+    │   ├── TurnAtWork                  409
+    │   ├── TurnRewound                 409
+    │   ├── SnapshotMissing             409
+    │   └── FilesShared                 409
     ├── FileTooLarge                    413
     ├── TooMany                         429
     │   ├── QueueFull                   429
@@ -198,6 +208,18 @@ class FileNotFound(NotFound):
         super().__init__(f"There is no file {path!r} in the workspace.", path=path)
 
 
+class WorkspaceNotFound(NotFound):
+    """There is no such workspace."""
+
+
+class SnapshotNotFound(NotFound):
+    """There is no such snapshot of this session."""
+
+
+class ArtifactNotFound(NotFound):
+    """There is no such artifact of this session."""
+
+
 class UserNotFound(NotFound):
     """There is no user with this id."""
 
@@ -265,6 +287,34 @@ class PathConflict(Conflict):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"The path {path!r} cannot be used: {reason}.", path=path)
+
+
+class WorkspaceExists(Conflict):
+    """There is a workspace of this name already."""
+
+
+class WorkspaceInUse(Conflict):
+    """Sessions have this workspace; delete them first, or let them come to rest."""
+
+
+class WorkspaceOverQuota(Conflict):
+    """The workspace holds more than its quota; delete files from it, or raise the quota."""
+
+
+class TurnAtWork(Conflict):
+    """A turn of the session waits or is at work; wait for its end, or interrupt it."""
+
+
+class TurnRewound(Conflict):
+    """The session has gone back behind this turn, which is no part of its conversation any more."""
+
+
+class SnapshotMissing(Conflict):
+    """The files as they were at the end of this turn were not kept; ask without files, or name another turn."""
+
+
+class FilesShared(Conflict):
+    """Others work in this workspace too, so its files cannot be put back for one session; ask without files."""
 
 
 class FileTooLarge(CarrelError):

@@ -225,16 +225,37 @@ class Failure(Frozen):
     message: str = Field(description="What happened and what to do about it.")
 
 
+WORKSPACE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What the name of a persistent workspace looks like."""
+
+
+class WorkspaceMode(StrEnum):
+    """How many sessions work in a persistent workspace at once: one, while the others wait, or any number."""
+
+    LOCK = "lock"
+    SHARE = "share"
+
+
 class Workspace(Frozen):
     """Where a session's files live."""
 
-    type: Literal["ephemeral", "user"] = Field(
+    type: Literal["ephemeral", "user", "persistent"] = Field(
         default="ephemeral",
-        description="`ephemeral`: deleted with the session. `user`: a directory of its user's, which outlives it.",
+        description="`ephemeral`: deleted with the session. `user`: a directory of its user's, which outlives it. "
+        "`persistent`: a workspace with a name, which outlives it and can be opened again.",
     )
     subdir: str | None = Field(
         default=None, max_length=200, description="Of type `user`: a directory below the user's own; without it, that."
     )
+    name: str | None = Field(
+        default=None, pattern=WORKSPACE_NAME, description="Of type `persistent`: which one; made where there is none."
+    )
+
+    @model_validator(mode="after")
+    def _name_of_persistent(self) -> Workspace:
+        if (self.name is not None) != (self.type == "persistent"):
+            raise ValueError("a workspace of type persistent has a name, and no other has one")
+        return self
 
     @model_validator(mode="after")
     def _subdir_of_user(self) -> Workspace:
@@ -304,6 +325,80 @@ class SandboxTemplate(Frozen):
     variables: dict[str, str] = Field(default={}, repr=False, description="For the environment of the agent.")
 
 
+class RewoundPart(Frozen):
+    """Turns and events that a session has gone back behind: they stay in its log and are no part of its conversation."""
+
+    after_turn: int = Field(description="The number of the turn it went back to.")
+    upto_turn: int = Field(description="The number of the last turn of the part.")
+    after_seq: int = Field(description="The number of that turn's last event.")
+    upto_seq: int = Field(description="The number of the event that says so.")
+
+
+class Restoring(Frozen):
+    """What a session is being put back to: wanted until it is done."""
+
+    snapshot_id: str | None = Field(default=None, description="The files to put back; None: they stay as they are.")
+    turn_id: str | None = Field(default=None, description="The turn to go back to; None: the conversation stays.")
+
+
+class NamedWorkspace(Frozen):
+    """A persistent workspace: files that sessions open by a name, and that outlive them."""
+
+    id: str
+    owner: str = Field(description="The user it belongs to.", exclude=True)
+    name: str
+    mode: WorkspaceMode = Field(default=WorkspaceMode.LOCK, description="How many sessions work in it at once.")
+    quota_mb: int | None = Field(default=None, description="Mebibytes its files may take; None: no limit.")
+    size_bytes: int | None = Field(default=None, description="What its files took when they were last looked at.")
+    number: int = Field(exclude=True, description="Whose its files are on the host.")
+    created_at: datetime
+    last_used_at: datetime
+
+    @property
+    def over_quota(self) -> bool:
+        """Whether its files took more than they may when they were last looked at."""
+        return self.quota_mb is not None and (self.size_bytes or 0) > self.quota_mb * 2**20
+
+
+class SnapshotReason(StrEnum):
+    """What a snapshot was taken for."""
+
+    TURN = "turn"
+    RELEASE = "release"
+    FORK = "fork"
+    ASKED = "asked"
+
+
+class Snapshot(Frozen):
+    """The files of a session as they were at one moment, kept outside of the host that has them."""
+
+    id: str
+    session_id: str
+    workspace_id: str | None = Field(default=None, exclude=True)
+    number: int = Field(exclude=True, description="Orders all snapshots of this installation.")
+    reason: SnapshotReason
+    turn_id: str | None = Field(default=None, description="The turn after which it was taken.")
+    seq: int = Field(description="The number of the session's newest event then.")
+    exact: bool = Field(default=True, description="False: another turn was at work by the time it was taken.")
+    key: str = Field(exclude=True, description="The object. Several may have the same: nothing had changed.")
+    size_bytes: int = Field(description="What the files take.")
+    stored_bytes: int = Field(description="What the object takes.")
+    files: int = Field(description="How many files, folders and links there are.")
+    created_at: datetime
+
+
+class Artifact(Frozen):
+    """A file that a session has published: kept as it was then."""
+
+    id: str
+    session_id: str
+    path: str = Field(description="Where it stood in the workspace.")
+    size: int
+    sha256: str = Field(description="Its content's digest, in hexadecimal.")
+    key: str = Field(exclude=True)
+    created_at: datetime
+
+
 class Session(Frozen):
     """A durable conversation with its files."""
 
@@ -318,6 +413,7 @@ class Session(Frozen):
     title: str | None = None
     spec: dict[str, Any] = Field(description="The options the session was made with.")
     workspace: Workspace = Workspace()
+    workspace_id: str | None = Field(default=None, exclude=True, description="The persistent workspace it works in.")
     metadata: dict[str, Any] = Field(default_factory=dict)
     forked_from: str | None = None
     agent_session_id: str | None = Field(default=None, exclude=True)
@@ -328,6 +424,11 @@ class Session(Frozen):
     cost_usd: float | None = None
     budget: Budget | None = Field(default=None, description="What the session may spend in all.")
     error: Failure | None = None
+    rewound: tuple[RewoundPart, ...] = Field(default=(), exclude=True, description="What it has gone back behind.")
+    snapshot_due: str | None = Field(
+        default=None, exclude=True, description="The turn after which its files are still to be kept, or another word."
+    )
+    restoring: Restoring | None = Field(default=None, exclude=True, description="What it is being put back to.")
     created_at: datetime
     last_active_at: datetime
     ttl_seconds: int | None = Field(default=None, description="Deleted when unused for so long.")

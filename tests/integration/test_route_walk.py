@@ -43,6 +43,8 @@ WITHOUT_OBJECT: dict[str, tuple[Any, int]] = {
     "GET /keys": (None, 200),
     "GET /usage": (None, 200),
     "GET /usage/budgets": (None, 200),
+    "GET /workspaces": (None, 200),
+    "POST /workspaces": ({"name": "NEW"}, 201),
     "POST /keys": ({"user": "USER"}, 403),
     "POST /auth/tickets": ({"session_id": "SESSION"}, 404),
 }
@@ -61,6 +63,7 @@ BODIES: dict[str, Any] = {
     "PATCH /sessions/{session_id}": {"title": "stolen"},
     "POST /sessions/{session_id}/turns": {"prompt": "Hello"},
     "PUT /sessions/{session_id}/files/{path}": b"stolen",
+    "PATCH /workspaces/{workspace_id}": {"quota_mb": 1},
 }
 SPOOFED = {
     "X-Forwarded-User": "alice",
@@ -103,6 +106,7 @@ class Operation:
         if self.method in ("GET", "DELETE") or body is None:
             return given
         text = json.dumps(body).replace("SESSION", names["session_id"]).replace("USER", names["user_id"])
+        text = text.replace("NEW", new_id())
         return given | {"content": text, "headers": {"Content-Type": "application/json"}}
 
 
@@ -140,7 +144,7 @@ class House:
         """Everything of Alice's, as she sees it."""
         session = f"/sessions/{self.alice['session_id']}"
         found = []
-        for path in (session, f"{session}/turns", f"{session}/events", f"{session}/files", "/keys"):
+        for path in (session, f"{session}/turns", f"{session}/events", f"{session}/files", "/keys", "/workspaces"):
             response = await self.http.get(API + path, headers={"Authorization": f"Bearer {self.alices_key}"})
             assert response.status_code == 200
             found.append([{**item, "last_used_at": 0} for item in response.json().get("data", [response.json()])])
@@ -164,7 +168,15 @@ async def house(start: Any) -> Any:
             for method in item
             if path not in OPEN
         ]
-        alice = {"session_id": session, "turn_id": turn, "path": "a.txt", "key_id": made["id"], "user_id": "alice"}
+        shop = await api.ask("POST", "/workspaces", 201, json={"name": MARK}, headers=as_alice)
+        alice = {
+            "workspace_id": shop["id"],
+            "session_id": session,
+            "turn_id": turn,
+            "path": "a.txt",
+            "key_id": made["id"],
+            "user_id": "alice",
+        }
         nobody = {**dict.fromkeys(alice, NOBODY), "path": "a.txt", "user_id": "nobody"}
         yield House(api, http, operations, alice, nobody, made["key"], [made["key"], api.server.key, STATIC, SECRET])
 

@@ -27,6 +27,7 @@ from carrel.api.routes import (
     turns,
     usage,
     users,
+    workspaces,
 )
 from carrel.errors import CarrelError, FileTooLarge
 from carrel.model import ADMIN
@@ -65,6 +66,7 @@ def create_app(services: Services) -> FastAPI:
         users.router,
         tickets.router,
         usage.router,
+        workspaces.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)

@@ -18,6 +18,7 @@ from carrel.model import ADMIN, Principal, Scope, new_id
 from carrel.sessions.history import History
 from carrel.sessions.service import SessionService
 from carrel.sessions.spending import Spending
+from carrel.sessions.workspaces import NamedWorkspaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Services:
 
     store: abc.Store
     sessions: SessionService
+    workspaces: NamedWorkspaces
     spending: Spending
     history: History
     authenticator: Authenticator | None

@@ -49,6 +49,7 @@ from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.spending import Spending
 from carrel.sessions.streams import Streams
+from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.settings import Limits, Settings
 from carrel.workspaces import Folders
 from carrel.workspaces.reserve import Reserve
@@ -185,6 +186,7 @@ async def _build(
     folders = Folders(
         settings.data / "sessions",
         users=settings.users.base_dir or settings.data / "users",
+        workspaces=settings.data / "workspaces",
         first_uid=settings.first_sandbox_uid if own_users else None,
         make_user_directories=settings.users.auto_create_dir,
     )
@@ -241,6 +243,8 @@ async def _build(
         ),
     )
 
+    workspaces = NamedWorkspaces(store, folders, run_blocking=asyncio.to_thread)
+    await workspaces.finish_deletions()
     guard = Guard(store, runtimes, hub, owner, scheduler)
 
     async def ready() -> dict[str, Any]:
@@ -250,6 +254,7 @@ async def _build(
     services = Services(
         store=store,
         sessions=service,
+        workspaces=workspaces,
         authenticator=authenticator if settings.auth != "none" else None,
         spending=Spending(store, allowances),
         history=History(store),

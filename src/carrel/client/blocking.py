@@ -16,14 +16,26 @@ from carrel.client.connection import Connection
 from carrel.client.responses import error_of, unreachable
 from carrel.client.results import result_of_events
 from carrel.client.streams import FollowEvents, FollowQuery, FollowTurn, Stream
-from carrel.client.types import ApiKey, BudgetState, Event, FileEntry, Frame, Message, Session, Turn, UsageReport, User
+from carrel.client.types import (
+    ApiKey,
+    BudgetState,
+    Event,
+    FileEntry,
+    Frame,
+    Message,
+    NamedWorkspace,
+    Session,
+    Turn,
+    UsageReport,
+    User,
+)
 from carrel.errors import CarrelError
 from carrel.protocol.results import TurnResult
 
 __all__ = ["Carrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace)
 
 
 class Carrel:
@@ -62,6 +74,7 @@ class Carrel:
         self.turns = Turns(wire)
         self.events = Events(wire)
         self.files = Files(wire)
+        self.workspaces = Workspaces(wire)
         self.keys = Keys(wire)
         self.users = Users(wire)
         self.usage = Spending(wire)
@@ -325,6 +338,33 @@ class Files:
     def delete(self, session_id: str, path: str) -> None:
         """Delete a file, or a folder with all that is in it."""
         self._wire.send(calls.delete_file(session_id, path))
+
+
+class Workspaces:
+    """Persistent workspaces: files that sessions open by a name, and that outlive them."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def create(self, name: str, *, idempotency_key: str | None = None, **options: Any) -> NamedWorkspace:
+        """Make a workspace. `options`: mode (`lock` or `share`), quota_mb."""
+        return self._wire.send(calls.create_workspace(name, options, idempotency_key))
+
+    def get(self, workspace_id: str) -> NamedWorkspace:
+        """The workspace as it is now."""
+        return self._wire.send(calls.get_workspace(workspace_id))
+
+    def list(self, *, page_size: int | None = None) -> Iterator[NamedWorkspace]:
+        """Every workspace of the caller, newest first."""
+        return self._wire.items(calls.list_workspaces(page_size))
+
+    def update(self, workspace_id: str, **changes: Any) -> NamedWorkspace:
+        """Change mode or quota_mb."""
+        return self._wire.send(calls.update_workspace(workspace_id, changes))
+
+    def delete(self, workspace_id: str) -> None:
+        """Delete it for good, with its files. Raises WorkspaceInUse while sessions have it."""
+        self._wire.send(calls.delete_workspace(workspace_id))
 
 
 class Keys:

@@ -17,6 +17,7 @@ from carrel.client.types import (
     BudgetStates,
     FileEntry,
     Message,
+    NamedWorkspace,
     Page,
     Session,
     Turn,
@@ -28,7 +29,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Call", "Listing"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace)
 
 API = "/api/v1"
 EVENT_STREAM = "text/event-stream"
@@ -228,6 +229,30 @@ def write_file(session_id: str, path: str, content: bytes) -> Call[FileEntry]:
 
 def delete_file(session_id: str, path: str) -> Call[None]:
     return Call("DELETE", _file(session_id, path), nothing)
+
+
+# ------------------------------------------------------------------------------------------------------- workspaces
+
+
+def create_workspace(name: str, options: Mapping[str, Any], idempotency_key: str | None) -> Call[NamedWorkspace]:
+    body = {"name": name, **options}
+    return Call("POST", f"{API}/workspaces", model_of(NamedWorkspace), json=body, headers=_key(idempotency_key))
+
+
+def get_workspace(workspace_id: str) -> Call[NamedWorkspace]:
+    return Call("GET", f"{API}/workspaces/{_part(workspace_id)}", model_of(NamedWorkspace))
+
+
+def list_workspaces(page_size: int | None) -> Listing[NamedWorkspace]:
+    return Listing(f"{API}/workspaces", NamedWorkspace, {"limit": page_size})
+
+
+def update_workspace(workspace_id: str, changes: Mapping[str, Any]) -> Call[NamedWorkspace]:
+    return Call("PATCH", f"{API}/workspaces/{_part(workspace_id)}", model_of(NamedWorkspace), json=dict(changes))
+
+
+def delete_workspace(workspace_id: str) -> Call[None]:
+    return Call("DELETE", f"{API}/workspaces/{_part(workspace_id)}", nothing, timeout=_NO_LIMIT)
 
 
 # --------------------------------------------------------------------------------------------------- users and keys

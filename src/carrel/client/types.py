@@ -20,6 +20,7 @@ __all__ = [
     "FileEntry",
     "Frame",
     "Message",
+    "NamedWorkspace",
     "Page",
     "Session",
     "Turn",
@@ -71,6 +72,18 @@ class Turn(_Told):
     created_at: datetime | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+
+
+class NamedWorkspace(_Told):
+    """A persistent workspace: files that sessions open by a name."""
+
+    id: str
+    name: str
+    mode: str
+    quota_mb: int | None = None
+    size_bytes: int | None = None
+    created_at: datetime
+    last_used_at: datetime
 
 
 class FileEntry(_Told):

@@ -70,11 +70,48 @@ class SessionRewound(EventData):
     """Conversation and files went back to the end of an earlier turn; nothing was deleted from the log."""
 
     to_turn_id: str = Field(description="The turn that is now the last one of the conversation.")
+    snapshot_id: str | None = Field(default=None, description="The files it has now; None: they stayed as they were.")
 
 
 @_event("session.deleted")
 class SessionDeleted(EventData):
     """The session is gone for good. The last event any viewer sees of it."""
+
+
+# --------------------------------------------------------------------------------------------------------- its files
+
+
+@_event("workspace.restored")
+class WorkspaceRestored(EventData):
+    """The files were put back to a snapshot: what was written after it is gone from the workspace."""
+
+    snapshot_id: str
+    reason: str = Field(description="lost (they were not there), rewound, or asked.")
+    taken_at: datetime = Field(description="When the snapshot was taken.")
+    seq: int = Field(description="The number of the session's newest event then: what came later may be lost.")
+
+
+@_event("workspace.lost")
+class WorkspaceLost(EventData):
+    """The files were not there, and no snapshot of them could be read: the session goes on with an empty workspace."""
+
+    message: str = Field(description="Why there was nothing to put back.")
+
+
+@_event("workspace.snapshot_failed")
+class WorkspaceSnapshotFailed(EventData):
+    """The files could not be kept. It is tried again; told once until it has worked."""
+
+    code: str
+    message: str
+
+
+@_event("workspace.quota_exceeded")
+class WorkspaceQuotaExceeded(EventData):
+    """The files of a persistent workspace take more than they may; no turn is taken until they do not."""
+
+    size_bytes: int
+    quota_mb: int
 
 
 # ----------------------------------------------------------------------------------------------------------- a turn

@@ -122,7 +122,7 @@ class Hub:
         """
         self._store = store
         self._live = live
-        self._poke = poke
+        self.poke = poke
         self._observer = observer
         self._links: dict[str, Link] = {}
         self._by_session: dict[str, Link] = {}
@@ -164,7 +164,7 @@ class Hub:
         self._by_session[link.session_id] = link
         if earlier is not None:
             await earlier.connection.close()
-        self._poke(link.session_id)
+        self.poke(link.session_id)
         try:
             await self._serve_frames(link)
         except StoreUnavailable as error:
@@ -176,7 +176,7 @@ class Hub:
                 del self._links[link.sandbox_id]
             if self._by_session.get(link.session_id) is link:
                 del self._by_session[link.session_id]
-            self._poke(link.session_id)
+            self.poke(link.session_id)
 
     async def _welcome(self, connection: LinkConnection) -> Link | None:
         try:
@@ -283,7 +283,7 @@ class Hub:
         for frame in frames:
             self._remember(link, frame)
         if any(not isinstance(frame, EventFrame | TranscriptFrame) for frame in frames):
-            self._poke(link.session_id)
+            self.poke(link.session_id)
 
     async def _write(self, link: Link, work: Callable[[abc.Transaction], None]) -> None:
         """Store, for as long as the runner is there; frames that are stored twice are dropped by their numbers."""

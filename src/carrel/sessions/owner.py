@@ -56,6 +56,7 @@ log = structlog.get_logger(__name__)
 
 _LAUNCH_ATTEMPTS = 3
 _LOOK_AGAIN_SECONDS = 1.0
+_WORKSPACE_LOOK_SECONDS = 0.25
 _EXCESS: dict[abc.Excess, type[TurnFailure]] = {
     abc.Excess.MEMORY: SandboxOutOfMemory,
     abc.Excess.PROCESSES: SandboxOutOfProcesses,
@@ -234,6 +235,8 @@ class Owner:
         stored = await self._store.write(lambda tx: steps.launching(tx, spec, runtime.name, self.admission))
         if stored is not steps.Launching.STORED:
             self.memory.release(session.id)
+            if stored is steps.Launching.OCCUPIED:
+                return await self._await_workspace(session)
             return 0.0 if stored is steps.Launching.OUTDATED else None
         self._launches[session.id] = self._launches.get(session.id, 0) + 1
         reached("sandbox.stored")
@@ -252,6 +255,16 @@ class Owner:
             await self._start_failed(session.id, error)
             return 0.0
         return self._options.launch_timeout_seconds
+
+    async def _await_workspace(self, session: Session) -> float:
+        """Others are in the session's workspace: whoever rests in it makes room; for those at work, wait."""
+        for sandbox in await self._store.read(lambda tx: steps.occupants(tx, session)):
+            link = self._hub.link(sandbox.id)
+            rests = link is not None and link.ready and link.background_tasks == 0
+            if rests and await self.free(sandbox.session_id, sandbox.id):
+                log.info("sandbox.freed", session=sandbox.session_id, sandbox=sandbox.id, why="workspace")
+            self._hub.poke(sandbox.session_id)
+        return _WORKSPACE_LOOK_SECONDS
 
     # ------------------------------------------------------------------------------------------------ with a sandbox
 

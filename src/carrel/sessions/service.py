@@ -54,6 +54,7 @@ from carrel.sessions.owner import Owner
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.steps import mark_deleted
 from carrel.sessions.streams import Streams
+from carrel.sessions.workspaces import check_quota, open_workspace
 from carrel.workspaces.folders import Folders
 
 T = TypeVar("T")
@@ -343,6 +344,7 @@ class SessionService:
                 title=current.title,
                 spec=current.spec,
                 workspace=current.workspace,
+                workspace_id=current.workspace_id,
                 metadata=current.metadata,
                 forked_from=session_id,
                 agent_session_id=agent_session_id,
@@ -483,6 +485,7 @@ class SessionService:
         waiting = tx.turns.queued(session.id)
         if len(waiting) >= self._options.max_queued_turns:
             raise QueueFull(self._options.max_queued_turns)
+        check_quota(tx, session)
         if tx.counts.queued_turns() >= self._options.max_waiting_turns:
             raise QueueFull(self._options.max_waiting_turns, of_session=False)
         now = utc_now()
@@ -602,15 +605,17 @@ def _new_session(
     tx: abc.Transaction, principal: Principal, spec: SessionSpec, body: CreateSession, now: datetime
 ) -> Session:
     workspace = body.workspace or Workspace()
+    named = open_workspace(tx, principal.user, workspace.name, now) if workspace.name is not None else None
     session = Session(
         id=new_id(),
         number=tx.sessions.next_number(),
         owner=principal.user,
-        uid_number=number_of_user(tx, principal.user) if workspace.type == "user" else None,
+        uid_number=named.number if named else number_of_user(tx, principal.user) if workspace.type == "user" else None,
         status=SessionStatus.IDLE,
         title=body.title,
         spec=spec.model_dump(mode="json", exclude_none=True),
         workspace=workspace,
+        workspace_id=named.id if named is not None else None,
         metadata=body.metadata or {},
         cost_usd=0.0,
         budget=body.budget,

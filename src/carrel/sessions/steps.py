@@ -17,6 +17,7 @@ from carrel.model import (
     StopReason,
     Turn,
     TurnStatus,
+    WorkspaceMode,
     utc_now,
 )
 from carrel.protocol.events import SessionDeleted
@@ -70,6 +71,8 @@ class Launching(Enum):
     """The rows have changed: look at them again."""
     WAITS = auto()
     """All places are taken; whoever gives them away says when it is time."""
+    OCCUPIED = auto()
+    """Another session works in its persistent workspace, in which one at a time may."""
 
 
 def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission: Admission) -> Launching:
@@ -83,6 +86,8 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
     wanted = session.status is SessionStatus.IDLE and queued and tx.turns.live(session.id) is None
     if wanted and not admission.admits(tx, queued[0].id):
         return Launching.WAITS
+    if occupants(tx, session):
+        return Launching.OCCUPIED
     tx.sandboxes.add(
         Sandbox(
             id=spec.sandbox_id,
@@ -100,6 +105,14 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
         session = transitions.settle(tx, session)
     transitions.set_status(tx, session, SessionStatus.STARTING, generation=spec.generation)
     return Launching.STORED
+
+
+def occupants(tx: abc.Transaction, session: Session) -> list[Sandbox]:
+    """The sandboxes of other sessions in its persistent workspace, where one session at a time may work in it."""
+    workspace = tx.workspaces.get(session.workspace_id) if session.workspace_id is not None else None
+    if workspace is None or workspace.mode is not WorkspaceMode.LOCK:
+        return []
+    return [each for each in tx.sandboxes.in_workspace(workspace.id) if each.session_id != session.id]
 
 
 def continue_turn(tx: abc.Transaction, session_id: str, turn_id: str, sandbox: Sandbox) -> None:

@@ -86,9 +86,15 @@ sessions = sa.Table(
     sa.Column("expires_at", Moment),
     sa.Column("ttl_seconds", _LONG),
     sa.Column("deleting", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("workspace_id", sa.String(36)),
+    sa.Column("rewound", sa.JSON, nullable=False, server_default=sa.text("'[]'")),
+    sa.Column("snapshot_due", sa.String(36)),
+    sa.Column("restoring", sa.JSON(none_as_null=True)),
     sa.Index("ix_sessions_owner_number", "owner", "number"),
     sa.Index("ix_sessions_status_number", "status", "number"),
     sa.Index("ix_sessions_expires_at", "expires_at"),
+    sa.Index("ix_sessions_workspace_id", "workspace_id"),
+    sa.Index("ix_sessions_snapshot_due", "snapshot_due"),
 )
 
 turns = sa.Table(
@@ -266,6 +272,60 @@ idempotency = sa.Table(
     sa.Column("created_at", Moment, nullable=False),
     sa.Index("ix_idempotency_created_at", "created_at"),
 )
+
+workspaces = sa.Table(
+    "workspaces",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("owner", sa.String(128), nullable=False),
+    sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("mode", sa.String(16), nullable=False),
+    sa.Column("quota_mb", sa.BigInteger),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("last_used_at", Moment, nullable=False),
+    sa.Column("deleting", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.UniqueConstraint("owner", "name"),
+)
+
+# They refer to no session: the newest of a persistent workspace outlives it.
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    _id(primary_key=True),
+    _id("session_id", nullable=False),
+    _id("workspace_id"),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    sa.Column("reason", sa.String(16), nullable=False),
+    sa.Column("turn_id", sa.String(36)),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("exact", sa.Boolean, nullable=False),
+    sa.Column("key", sa.String(255), nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("stored_bytes", sa.BigInteger, nullable=False),
+    sa.Column("files", sa.BigInteger, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index("ix_snapshots_session_id_number", "session_id", "number"),
+    sa.Index("ix_snapshots_workspace_id_number", "workspace_id", "number"),
+    sa.Index("ix_snapshots_turn_id", "turn_id"),
+    sa.Index("ix_snapshots_key", "key"),
+)
+
+artifacts = sa.Table(
+    "artifacts",
+    metadata,
+    _id(primary_key=True),
+    _of_session(nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("key", sa.String(255), nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index("ix_artifacts_session_id_id", "session_id", "id"),
+)
+
+doomed_objects = sa.Table("doomed_objects", metadata, sa.Column("prefix", sa.String(255), primary_key=True))
 
 # PostgreSQL: which of its transactions each connection has committed last, for when a commit's answer is lost.
 commits = sa.Table(

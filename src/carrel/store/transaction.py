@@ -29,6 +29,10 @@ class SqlTransaction(abc.Transaction):
         self.keys = rows.SqlKeys(connection)
         self.tickets = rows.SqlTickets(connection)
         self.audit = rows.SqlAudit(connection)
+        self.workspaces = rows.SqlWorkspaces(connection, writing=writing)
+        self.snapshots = rows.SqlSnapshots(connection)
+        self.artifacts = rows.SqlArtifacts(connection)
+        self.doomed = rows.SqlDoomed(connection)
 
     def lock(self, name: str) -> None:
         """Wait until no other transaction has this lock, and keep it. SQLite has one writer at a time as it is."""

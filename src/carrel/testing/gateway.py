@@ -27,6 +27,7 @@ from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.streams import Streams
+from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.store import SqliteStore
 from carrel.testing.fakes import FakeHost, FakeRuntime
 from carrel.workspaces.folders import Folders
@@ -86,7 +87,9 @@ class FakeGateway:
         self.live = Live(self.bus, observer)
         self.runtime = wrap_runtime(FakeRuntime(host))
         self.runtimes = Runtimes([self.runtime])
-        self.folders = Folders(folder / "sessions", users=folder / "users", first_uid=None)
+        self.folders = Folders(
+            folder / "sessions", users=folder / "users", workspaces=folder / "workspaces", first_uid=None
+        )
         self.scheduler: Scheduler
         self.store = wrap_store(SqliteStore(folder / "carrel.db", on_commit=self.live.stored))
         self.hub = Hub(self.store, self.live, lambda session_id: self.scheduler.poke(session_id), observer)
@@ -120,6 +123,7 @@ class FakeGateway:
             run_blocking=asyncio.to_thread,
             options=service_options,
         )
+        self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
         self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)
         self._stack = AsyncExitStack()

@@ -13,19 +13,23 @@ from carrel.workspaces.user_config import show_user_config
 
 
 class Folders:
-    """A folder per session under one root, and a directory per user under another."""
+    """A folder per session under one root, a directory per user under another, persistent workspaces under a third."""
 
-    def __init__(self, root: Path, *, users: Path, first_uid: int | None, make_user_directories: bool = True) -> None:
-        """Look after the folders under `root` and `users`.
+    def __init__(
+        self, root: Path, *, users: Path, workspaces: Path, first_uid: int | None, make_user_directories: bool = True
+    ) -> None:
+        """Look after the folders under `root`, `users` and `workspaces`.
 
         Args:
             root: made when it is not there; private to us.
             users: the same, for the directories of users.
+            workspaces: the same, for persistent workspaces.
             first_uid: where each session has a user of its own, the first of their ids; None where all are ours.
             make_user_directories: whether a user's directory that is not there is made.
         """
         self._root = root
         self._users = users
+        self._workspaces = workspaces
         self._first_uid = first_uid
         self._make_user_directories = make_user_directories
 
@@ -33,6 +37,8 @@ class Folders:
         """Where the session's files are."""
         if session.workspace.type == "user":
             return self._users / session.owner / (session.workspace.subdir or "")
+        if session.workspace_id is not None:
+            return self._workspaces / session.workspace_id / "files"
         return self._root / session.id / "workspace"
 
     def within(self, session: Session) -> Path | None:
@@ -71,6 +77,7 @@ class Folders:
         if session.workspace.type == "user":
             self.check(session)
         else:
+            self.workspace(session).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._make(self.workspace(session), self.owner(session))
 
     def check(self, session: Session) -> None:
@@ -103,8 +110,12 @@ class Folders:
         self._make_both(session)
         return self._files(session)
 
+    def size(self, session: Session) -> int:
+        """How many bytes the files of its workspace take."""
+        return self.files(session).size()
+
     def copy(self, source: Session, target: Session) -> None:
-        """Copy a session's workspace, as it is now, to a session that has none yet. A user's directory is shared."""
+        """Copy a session's workspace, as it is now, to a session that has none yet. What outlives them is shared."""
         if target.workspace.type == "ephemeral":
             (self._root / target.id).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.files(source).copy_to(self.workspace(target), owner=self.owner(target))
@@ -112,14 +123,21 @@ class Folders:
 
     def remove(self, session_id: str) -> None:
         """Remove what is the session's alone, and all that is in it. Whoever writes there must be gone."""
-        folder = self._root / session_id
-        for _ in range(3):
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                return
-            # A folder its owner made unreadable.
-            for path, names, _files in os.walk(folder):
-                for name in names:
-                    if not os.path.islink(os.path.join(path, name)):
-                        os.chmod(os.path.join(path, name), 0o700)
-        shutil.rmtree(folder)
+        _remove(self._root / session_id)
+
+    def remove_workspace(self, workspace_id: str) -> None:
+        """Remove a persistent workspace. Whoever writes there must be gone."""
+        _remove(self._workspaces / workspace_id)
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        # A folder its owner made unreadable.
+        for path, names, _files in os.walk(folder):
+            for name in names:
+                if not os.path.islink(os.path.join(path, name)):
+                    os.chmod(os.path.join(path, name), 0o700)
+    shutil.rmtree(folder)

@@ -72,6 +72,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
             services = Services(
                 store=gateway.store,
                 sessions=gateway.service,
+                workspaces=gateway.workspaces,
                 authenticator=Authenticator(gateway.store, admin_key=key) if key is not None else None,
                 spending=Spending(gateway.store, Allowances()),
                 history=History(gateway.store),

@@ -35,7 +35,11 @@ SAMPLES: dict[str, EventData] = {
     "session.status_changed": events.SessionStatusChanged(
         status=SessionStatus.FAILED, previous=SessionStatus.STARTING, stop_reason=StopReason.ERROR, error=FAILURE
     ),
-    "session.rewound": events.SessionRewound(to_turn_id="t1"),
+    "session.rewound": events.SessionRewound(to_turn_id="t1", snapshot_id="n1"),
+    "workspace.restored": events.WorkspaceRestored(snapshot_id="n1", reason="lost", taken_at=AT, seq=7),
+    "workspace.lost": events.WorkspaceLost(message=TEXT),
+    "workspace.snapshot_failed": events.WorkspaceSnapshotFailed(code="object_store_unavailable", message=TEXT),
+    "workspace.quota_exceeded": events.WorkspaceQuotaExceeded(size_bytes=2**40, quota_mb=5),
     "session.deleted": events.SessionDeleted(),
     "turn.queued": events.TurnQueued(number=3, ahead=2, place=5),
     "turn.started": events.TurnStarted(origin=TurnOrigin.AGENT, attempt=2),
@@ -158,7 +162,7 @@ def test_events_are_documented_frozen_and_strict(cls: type[EventData]) -> None:
 
 def test_types_are_in_the_past_tense_or_name_what_is_said() -> None:
     said = {"thinking", "error", "message.user", "message.assistant", "message.system"}
-    assert all(re.fullmatch(r"[a-z]+\.[a-z_]*(ed|ound)", name) for name in set(EVENT_TYPES) - said)
+    assert all(re.fullmatch(r"[a-z]+\.[a-z_]*(ed|ound|lost)", name) for name in set(EVENT_TYPES) - said)
 
 
 def test_an_event_is_serialised_once() -> None:

@@ -15,7 +15,7 @@ from carrel.workspaces import Folders
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
-    return Folders(tmp_path / "sessions", users=tmp_path / "users", first_uid=None)
+    return Folders(tmp_path / "sessions", users=tmp_path / "users", workspaces=tmp_path / "workspaces", first_uid=None)
 
 
 def session(owner: str = "alice", number: int = 1, **workspace: Any) -> Session:
@@ -71,7 +71,9 @@ def test_a_link_that_an_agent_has_put_on_the_way_is_not_followed(folders: Folder
 
 
 def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
-    folders = Folders(tmp_path / "s", users=tmp_path / "u", first_uid=None, make_user_directories=False)
+    folders = Folders(
+        tmp_path / "s", users=tmp_path / "u", workspaces=tmp_path / "w", first_uid=None, make_user_directories=False
+    )
     with pytest.raises(WorkspaceMissing):
         folders.check(session(type="user"))
     (tmp_path / "u/alice").mkdir()
@@ -81,7 +83,7 @@ def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root: only root can give files away")
 def test_a_directory_that_was_there_before_is_handed_to_its_user(tmp_path: Path) -> None:
-    folders = Folders(tmp_path / "s", users=tmp_path / "u", first_uid=700_000)
+    folders = Folders(tmp_path / "s", users=tmp_path / "u", workspaces=tmp_path / "w", first_uid=700_000)
     (tmp_path / "u/alice/old").mkdir(parents=True)
     (tmp_path / "u/alice/old/file").write_text("x")
     (tmp_path / "kept").write_text("root's")

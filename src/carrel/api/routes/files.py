@@ -23,6 +23,7 @@ from carrel.errors import (
     NotAFile,
     PathConflict,
     SessionNotFound,
+    WorkspaceOverQuota,
 )
 from carrel.model import Principal
 from carrel.workspaces import FileEntry, WorkspaceFiles
@@ -137,7 +138,8 @@ async def _read(services: Services, file: BinaryIO, size: int) -> AsyncIterator[
 @router.put(
     "/{path:path}",
     response_model=File,
-    responses=responses(SessionNotFound, InvalidPath, PathConflict, FileTooLarge) | {200: example(_EXAMPLE)},
+    responses=responses(SessionNotFound, InvalidPath, PathConflict, FileTooLarge, WorkspaceOverQuota)
+    | {200: example(_EXAMPLE)},
     openapi_extra={
         "requestBody": {
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -151,6 +153,9 @@ async def write_file(
 ) -> Response:
     """Write a file, whole or not at all; directories on the way to it are made."""
     files = await _files(services, principal, session_id)
+    session = await services.sessions.get(principal, session_id)
+    room = await services.workspaces.room(session)
+    most = services.max_file_bytes if room is None else min(room, services.max_file_bytes)
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(_QUEUED_CHUNKS)
     whole = False
@@ -161,9 +166,7 @@ async def write_file(
         if not whole:
             raise ConnectionError("the client went away")
 
-    write = asyncio.ensure_future(
-        services.sessions.run_blocking(lambda: files.write(path, chunks(), max_bytes=services.max_file_bytes))
-    )
+    write = asyncio.ensure_future(services.sessions.run_blocking(lambda: files.write(path, chunks(), max_bytes=most)))
     try:
         async for chunk in request.stream():
             if chunk and not await _put(queue, chunk, write):
@@ -171,7 +174,13 @@ async def write_file(
         whole = True
     finally:
         await _put(queue, None, write)
-    return answer(_shown(await write))
+    try:
+        written = await write
+    except FileTooLarge:
+        if room is None or room > most:
+            raise
+        raise WorkspaceOverQuota(room_bytes=room) from None
+    return answer(_shown(written))
 
 
 async def _put(queue: asyncio.Queue[bytes | None], chunk: bytes | None, write: asyncio.Future[FileEntry]) -> bool:
@@ -198,4 +207,5 @@ async def delete_file(
     """Delete a file, a link, or a directory with all that is in it."""
     files = await _files(services, principal, session_id)
     await services.sessions.run_blocking(files.delete, path)
+    await services.workspaces.measure(await services.sessions.get(principal, session_id))
     return Response(status_code=204)

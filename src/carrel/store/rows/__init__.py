@@ -10,18 +10,23 @@ from carrel.store.rows.sessions import SqlSessions
 from carrel.store.rows.transcripts import SqlTranscripts
 from carrel.store.rows.turns import SqlTurns
 from carrel.store.rows.usage import SqlUsage
+from carrel.store.rows.workspaces import SqlArtifacts, SqlDoomed, SqlSnapshots, SqlWorkspaces
 
 __all__ = [
+    "SqlArtifacts",
     "SqlAudit",
     "SqlCounts",
+    "SqlDoomed",
     "SqlEvents",
     "SqlIdempotency",
     "SqlKeys",
     "SqlSandboxes",
     "SqlSessions",
+    "SqlSnapshots",
     "SqlTickets",
     "SqlTranscripts",
     "SqlTurns",
     "SqlUsage",
     "SqlUsers",
+    "SqlWorkspaces",
 ]

@@ -19,6 +19,8 @@ def plain(value: Any) -> Any:
     """A column's value for a model's."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
     return value
 
 

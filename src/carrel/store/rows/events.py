@@ -83,3 +83,16 @@ class SqlEvents(Rows, abc.EventRows):
             if max_bytes is not None and size >= max_bytes:
                 break
         return found
+
+    def completed(
+        self, session_id: str, *, turn_id: str | None = None, upto: int | None = None
+    ) -> tuple[str, int] | None:
+        """The last turn that has ended, and the number of the event that says so: this turn, or up to that number."""
+        e = tables.events.c
+        query = sa.select(e.turn_id, e.seq).where(e.session_id == session_id, e.type == "turn.completed")
+        if turn_id is not None:
+            query = query.where(e.turn_id == turn_id)
+        if upto is not None:
+            query = query.where(e.seq <= upto)
+        row = self._connection.execute(query.order_by(e.seq.desc()).limit(1)).first()
+        return (row.turn_id, row.seq) if row is not None else None

@@ -60,6 +60,14 @@ class SqlSandboxes(Rows, abc.SandboxRows):
         query = sa.select(*_SANDBOX_COLUMNS).where(tables.sandboxes.c.status != SandboxStatus.GONE)
         return [Sandbox.model_validate(row) for row in self._all(query)]
 
+    def in_workspace(self, workspace_id: str) -> Sequence[Sandbox]:
+        """Every sandbox of a session that works in this persistent workspace and is not known to be gone."""
+        s = tables.sessions.c
+        theirs = sa.select(s.id).where(s.workspace_id == workspace_id)
+        c = tables.sandboxes.c
+        query = sa.select(*_SANDBOX_COLUMNS).where(c.status != SandboxStatus.GONE, c.session_id.in_(theirs))
+        return [Sandbox.model_validate(row) for row in self._all(query)]
+
     def advance(self, sandbox_id: str, n: int) -> int:
         """Say that frames up to `n` are stored. Answers the mark before; it never goes back."""
         before = self._connection.execute(_GET_ACKED, {"this": sandbox_id}).scalar_one()

@@ -60,7 +60,7 @@ class SqlSessions(Rows, abc.SessionRows):
 
     def remove(self, session_id: str) -> None:
         """Delete the session and every row that belongs to it; what it has spent and reserved stays."""
-        for table in (tables.events, tables.transcript_entries, tables.turns, tables.sandboxes):
+        for table in (tables.events, tables.transcript_entries, tables.turns, tables.sandboxes, tables.artifacts):
             self._connection.execute(table.delete().where(table.c.session_id == session_id))
         self._connection.execute(tables.sessions.delete().where(tables.sessions.c.id == session_id))
 
@@ -87,7 +87,11 @@ class SqlSessions(Rows, abc.SessionRows):
         s, t = tables.sessions, tables.turns
         waiting = sa.select(t.c.session_id).where(t.c.status.in_((TurnStatus.QUEUED, TurnStatus.RUNNING)))
         query = sa.select(s.c.id).where(
-            s.c.status.in_(_LIVE_SESSION) | s.c.deleting | (s.c.expires_at <= now) | s.c.id.in_(waiting)
+            s.c.status.in_(_LIVE_SESSION)
+            | s.c.deleting
+            | (s.c.expires_at <= now)
+            | s.c.restoring.is_not(None)
+            | s.c.id.in_(waiting)
         )
         return list(self._connection.execute(query).scalars())
 

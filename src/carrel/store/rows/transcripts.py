@@ -62,11 +62,7 @@ class SqlTranscripts(Rows, abc.TranscriptRows):
         t = tables.transcript_entries
         query = sa.select(t).where(t.c.session_id == source).order_by(t.c.subpath, t.c.n)
         if up_to_turn is not None:
-            wanted = sa.select(tables.turns.c.number).where(tables.turns.c.id == up_to_turn).scalar_subquery()
-            later = sa.select(tables.turns.c.id).where(
-                tables.turns.c.session_id == source, tables.turns.c.number > wanted
-            )
-            query = query.where(t.c.turn_id.is_(None) | t.c.turn_id.not_in(later))
+            query = query.where(t.c.turn_id.is_(None) | t.c.turn_id.not_in(_later_than(source, up_to_turn)))
         rows = self._all(query)
         for row in rows:
             row["session_id"], row["turn_id"] = target, None
@@ -74,3 +70,18 @@ class SqlTranscripts(Rows, abc.TranscriptRows):
                 row["line"] = row["line"].replace(*replace)
         if rows:
             self._connection.execute(t.insert(), rows)
+
+    def rewind(self, session_id: str, *, to_turn: str, replace: tuple[str, str] | None) -> None:
+        """Forget what came after a turn, and put one id in the rest for another."""
+        t = tables.transcript_entries
+        here = t.c.session_id == session_id
+        self._connection.execute(t.delete().where(here, t.c.turn_id.in_(_later_than(session_id, to_turn))))
+        if replace is not None:
+            self._connection.execute(t.update().where(here).values(line=sa.func.replace(t.c.line, *replace)))
+
+
+def _later_than(session_id: str, turn_id: str) -> sa.Select[tuple[str]]:
+    """The ids of the session's turns after this one."""
+    turns = tables.turns.c
+    number = sa.select(turns.number).where(turns.id == turn_id).scalar_subquery()
+    return sa.select(turns.id).where(turns.session_id == session_id, turns.number > number)

@@ -11,26 +11,40 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 from carrel import abc
-from carrel.errors import InvalidCursor, KeyNotFound, SessionNotFound, TurnNotFound, UserNotFound
+from carrel.errors import (
+    InvalidCursor,
+    KeyNotFound,
+    SessionNotFound,
+    TurnNotFound,
+    UserNotFound,
+    WorkspaceNotFound,
+)
 from carrel.model import (
     ApiKey,
+    Artifact,
     Budget,
     Failure,
+    NamedWorkspace,
     Principal,
+    Restoring,
+    RewoundPart,
     Sandbox,
     SandboxStatus,
     Scope,
     Session,
     SessionStatus,
+    Snapshot,
+    SnapshotReason,
     StopReason,
     Ticket,
     Turn,
     TurnStatus,
     Usage,
     User,
+    WorkspaceMode,
     new_id,
 )
-from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent, ToolFinished
+from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent, ToolFinished, TurnCompleted
 from carrel.testing.conformance.checks import collect, must, must_equal, must_raise
 
 __all__ = ["CHECKS", "DURABLE_CHECKS", "OpenStore", "new_event", "new_sandbox", "new_session", "new_turn"]
@@ -589,6 +603,170 @@ async def unsettled_sessions_are_found(open_store: OpenStore) -> None:
         found = await store.read(lambda tx: list(tx.sessions.unsettled(NOW)))
         must_equal(len(found), len(set(found)), "each once")
         must_equal(set(found), {s.id for s in [*live, queued, running, over]}, "those and no others")
+
+
+# ----------------------------------------------------------------------------------------------------- files that last
+
+
+def new_workspace(number: int, **changes: Any) -> NamedWorkspace:
+    """A persistent workspace."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "owner": "alice",
+        "name": "shop",
+        "number": number,
+        "created_at": NOW,
+        "last_used_at": NOW,
+    }
+    return NamedWorkspace(**values | changes)
+
+
+def new_snapshot(session: Session, number: int, **changes: Any) -> Snapshot:
+    """A snapshot of a session's files."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "session_id": session.id,
+        "number": number,
+        "reason": SnapshotReason.TURN,
+        "seq": number,
+        "key": f"k{number}",
+        "size_bytes": 3_000_000_000,
+        "stored_bytes": 2,
+        "files": 1,
+        "created_at": NOW,
+    }
+    return Snapshot(**values | changes)
+
+
+@_check
+async def a_workspace_has_its_name_alone(open_store: OpenStore) -> None:
+    """A user has one of each name, also when it is being deleted; then it is not found, and is still to be removed."""
+    async with open_store(ignore) as store:
+        shop = new_workspace(1, quota_mb=10**9, size_bytes=2**50)
+        other, his = new_workspace(2, name="other"), new_workspace(3, owner="bob")
+        added = await store.write(
+            lambda tx: [tx.workspaces.add(w) for w in (shop, other, his, new_workspace(4, name="shop"))]
+        )
+        must_equal(added, [True, True, True, False], "a name is had once by each user")
+        must_equal(await store.read(lambda tx: tx.workspaces.get(shop.id)), shop, "it comes back as it was")
+        must_equal(await store.read(lambda tx: tx.workspaces.named("bob", "shop")), his, "each user has their own")
+        first = await store.read(lambda tx: tx.workspaces.page("alice", cursor=None, limit=1))
+        rest = await store.read(lambda tx: tx.workspaces.page("alice", cursor=first.next_cursor, limit=1))
+        must_equal([w.id for w in (*first.items, *rest.items)], [other.id, shop.id], "newest first, in pages")
+        must(rest.next_cursor is None, "and no more")
+        changed = await store.write(lambda tx: tx.workspaces.update(shop.id, mode=WorkspaceMode.SHARE))
+        must_equal(changed.mode, WorkspaceMode.SHARE, "a change is answered")
+        user = await add_session(store, workspace_id=shop.id)
+        sandbox = new_sandbox(user, 1, SandboxStatus.LIVE)
+        await store.write(lambda tx: tx.sandboxes.add(sandbox))
+        must_equal(await store.read(lambda tx: list(tx.workspaces.sessions(shop.id))), [user.id], "who has it")
+        found = await store.read(lambda tx: [s.id for s in tx.sandboxes.in_workspace(shop.id)])
+        must_equal(found, [sandbox.id], "who works in it")
+        await store.write(lambda tx: tx.sandboxes.update(sandbox.id, status=SandboxStatus.GONE))
+        must_equal(await store.read(lambda tx: list(tx.sandboxes.in_workspace(shop.id))), [], "a gone one does not")
+        await store.write(lambda tx: tx.workspaces.update(shop.id, deleting=True))
+        must(await store.read(lambda tx: tx.workspaces.get(shop.id)) is None, "a deleted one is not found")
+        must(await store.read(lambda tx: tx.workspaces.named("alice", "shop")) is None, "nor by its name")
+        change = store.write(lambda tx: tx.workspaces.update(shop.id, quota_mb=1))
+        await must_raise(WorkspaceNotFound, change, "nor changed")
+        must_equal(await store.read(lambda tx: list(tx.workspaces.deleting())), [shop.id], "it is still to be removed")
+        must(not await store.write(lambda tx: tx.workspaces.add(new_workspace(5))), "and its name still taken")
+        await store.write(lambda tx: tx.workspaces.remove(shop.id))
+        must(await store.write(lambda tx: tx.workspaces.add(new_workspace(6))), "until it is removed")
+
+
+@_check
+async def snapshots_are_found_by_what_they_are_of(open_store: OpenStore) -> None:
+    """By session, by workspace, by turn, newest first; an object that several have is told when the last one goes."""
+    async with open_store(ignore) as store:
+        session, other = await add_session(store), await add_session(store)
+        first = new_snapshot(session, 1, turn_id="t1", workspace_id="w")
+        second = new_snapshot(session, 2, turn_id="t1", key="k1", exact=False)
+        third = new_snapshot(other, 3, workspace_id="w")
+        for snapshot in (first, second, third):
+            await store.write(lambda tx, s=snapshot: tx.snapshots.add(s))  # type: ignore[misc]
+        must_equal(await store.read(lambda tx: tx.snapshots.get(second.id)), second, "it comes back as it was")
+        must_equal(await store.read(lambda tx: tx.snapshots.of_turn("t1")), second, "the newest of a turn")
+        must(await store.read(lambda tx: tx.snapshots.of_turn("t2")) is None, "none of another turn")
+        page = await store.read(lambda tx: tx.snapshots.page(session.id, cursor=None, limit=1))
+        rest = await store.read(lambda tx: tx.snapshots.page(session.id, cursor=page.next_cursor, limit=1))
+        must_equal([*page.items, *rest.items], [second, first], "newest first, in pages")
+        found = await store.read(lambda tx: list(tx.snapshots.of_files(workspace_id="w")))
+        must_equal(found, [third, first], "of every session in a workspace")
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        found = await store.read(lambda tx: list(tx.snapshots.of_files(session_id=session.id)))
+        must_equal(found, [second, first], "they outlive their session")
+        must_equal(await store.write(lambda tx: list(tx.snapshots.remove([first.id]))), [], "another has its object")
+        must_equal(await store.write(lambda tx: list(tx.snapshots.remove([second.id]))), ["k1"], "now none has")
+        must_equal(await store.read(lambda tx: list(tx.snapshots.due())), [], "no files are to be kept")
+        await store.write(lambda tx: tx.sessions.update(other.id, snapshot_due="t9"))
+        must_equal(await store.read(lambda tx: list(tx.snapshots.due())), [other.id], "now there are")
+
+
+@_check
+async def artifacts_go_with_their_session(open_store: OpenStore) -> None:
+    """They are listed newest first, and what is to be deleted of objects is remembered once."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        made = [
+            Artifact(
+                id=new_id(), session_id=session.id, path="a/b", size=2**40, sha256="0" * 64, key="k", created_at=NOW
+            )
+            for _ in range(2)
+        ]
+        await store.write(lambda tx: [tx.artifacts.add(a) for a in made])
+        must_equal(await store.read(lambda tx: tx.artifacts.get(made[0].id)), made[0], "it comes back as it was")
+        page = await store.read(lambda tx: tx.artifacts.page(session.id, cursor=None, limit=1))
+        rest = await store.read(lambda tx: tx.artifacts.page(session.id, cursor=page.next_cursor, limit=1))
+        must_equal([*page.items, *rest.items], made[::-1], "newest first, in pages")
+        await store.write(lambda tx: tx.artifacts.remove(made[0].id))
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must(await store.read(lambda tx: tx.artifacts.get(made[1].id)) is None, "none is left")
+        for prefix in ("b", "a", "b"):
+            await store.write(lambda tx, p=prefix: tx.doomed.add(p))  # type: ignore[misc]
+        must_equal(await store.read(lambda tx: list(tx.doomed.some(9))), ["a", "b"], "each once")
+        await store.write(lambda tx: tx.doomed.remove("a"))
+        must_equal(await store.read(lambda tx: list(tx.doomed.some(9))), ["b"], "what is deleted is forgotten")
+
+
+@_check
+async def a_session_goes_back_behind_its_turns(open_store: OpenStore) -> None:
+    """Its transcript ends with the turn it went back to; where a turn ended is known; what it wants is kept."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        turns = [new_turn(session, number) for number in (1, 2, 3)]
+
+        def fill(tx: abc.Transaction) -> None:
+            for turn in turns:
+                tx.turns.add(turn)
+                line = json.dumps({"uuid": turn.id, "sessionId": "a-1"})
+                tx.transcripts.append(session.id, subpath="", turn_id=turn.id, lines=[line])
+                ended = TurnCompleted(status=TurnStatus.SUCCEEDED)
+                tx.events.append(session.id, [NewEvent.of(ended, at=NOW, turn_id=turn.id), new_event("later", turn.id)])
+
+        await store.write(fill)
+        ids = [turn.id for turn in turns]
+        ended = await store.read(
+            lambda tx: [
+                tx.events.completed(session.id, turn_id=ids[1]),
+                tx.events.completed(session.id, upto=4),
+                tx.events.completed(session.id),
+                tx.events.completed(session.id, upto=0),
+            ]
+        )
+        must_equal(ended, [(ids[1], 3), (ids[1], 3), (ids[2], 5), None], "where turns ended")
+        await store.write(lambda tx: tx.transcripts.rewind(session.id, to_turn=ids[0], replace=("a-1", "a-2")))
+        lines = await store.read(lambda tx: tx.transcripts.page(session.id, "", after=0, limit=9))
+        must_equal([json.loads(line) for _, line in lines], [{"uuid": ids[0], "sessionId": "a-2"}], "what is left")
+        part = RewoundPart(after_turn=1, upto_turn=3, after_seq=1, upto_seq=7)
+        wanted = Restoring(snapshot_id="s", turn_id=ids[0])
+        await store.write(lambda tx: tx.sessions.update(session.id, rewound=(part,), restoring=wanted))
+        found = await store.read(lambda tx: tx.sessions.get(session.id))
+        must(found is not None and (found.rewound, found.restoring) == ((part,), wanted), "what it wants is kept")
+        must(session.id in await store.read(lambda tx: list(tx.sessions.unsettled(NOW))), "and is looked after")
+        await store.write(lambda tx: tx.sessions.update(session.id, restoring=None))
+        found = await store.read(lambda tx: tx.sessions.get(session.id))
+        must(found is not None and found.restoring is None, "until it is done")
 
 
 # ------------------------------------------------------------------------------------------------------ many users
