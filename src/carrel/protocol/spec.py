@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from carrel.model import Budget, OnDisconnect, OnSandboxLost, PermissionMode, Workspace
+from carrel.protocol.permissions import PermissionRules
 
 MAX_PROMPT_CHARS = 10_000_000
 MAX_METADATA_BYTES = 65_536
@@ -139,6 +140,9 @@ class SessionSpec(Options):
     tools: list[ToolRule] | None = _applies("launch", "The tools that exist for the agent; `[]` for none.")
     allowed_tools: list[ToolRule] | None = _applies("launch", "The tools it may use without asking.")
     disallowed_tools: list[ToolRule] | None = _applies("launch", "The tools it may not use.")
+    permissions: PermissionRules | None = _applies(
+        "launch", "Rules for calls of tools, in Claude Code's syntax; they hold in every mode, `deny` before all."
+    )
     mcp_servers: dict[str, McpServer] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
     agents: dict[str, AgentDefinition] | None = _applies("launch", "Sub-agents by name.")
     skills: list[str] | Literal["all"] | None = _applies("launch", "The skills to enable, or `all`.")
@@ -224,6 +228,15 @@ class SessionSpec(Options):
                     f"{name}: {where}: {wrong['msg']}; an agent needs a description and a prompt"
                 ) from error
         return value
+
+    def permission_rules(self) -> PermissionRules:
+        """Every rule that these options hold, put together."""
+        given = self.permissions or PermissionRules()
+        return PermissionRules.model_construct(
+            allow=(*given.allow, *(self.allowed_tools or ())),
+            ask=given.ask,
+            deny=(*given.deny, *(self.disallowed_tools or ())),
+        )
 
     @model_validator(mode="after")
     def _one_prompt(self) -> SessionSpec:

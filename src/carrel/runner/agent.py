@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import warnings
 from collections import deque
@@ -39,6 +40,7 @@ from carrel.protocol.link import (
     TurnBegun,
     TurnEnded,
 )
+from carrel.protocol.permissions import Decision, PermissionRules, Place, Verdict, decide
 from carrel.runner.blocks import Blocks, whole, whole_text
 from carrel.runner.disk import Disk
 from carrel.runner.transcripts import Transcripts
@@ -96,6 +98,9 @@ class Agent:
         self._stderr: deque[str] = deque(maxlen=50)
         self._closing = False
         self._interrupting: asyncio.Task[None] | None = None
+        self._mode = PermissionMode.DEFAULT
+        self._rules = PermissionRules()
+        self._place = Place(workspace=bootstrap.cwd, home=str(Path(bootstrap.config_dir).parent), cwd=bootstrap.cwd)
         self._disk = Disk((bootstrap.workspace, bootstrap.home), reserve_bytes=bootstrap.disk_reserve_bytes)
         self._transcripts = Transcripts(Path(bootstrap.home), bootstrap.cwd, bootstrap.owner)
 
@@ -134,6 +139,7 @@ class Agent:
             AgentStartFailed: it did not start; the operator's detail has what it wrote.
         """
         self._agent_session_id = bind.agent_session_id
+        self._mode, self._rules = PermissionMode(bind.permission_mode), bind.spec.permission_rules()
         go_on = bool(bind.resume_turn and bind.agent_session_id) and self._transcripts.holds(
             bind.agent_session_id or "", bind.resume_turn or ""
         )
@@ -203,7 +209,7 @@ class Agent:
             session_store_flush="eager",
             max_buffer_size=boot.max_frame_bytes,
             can_use_tool=_deny,
-            hooks={"PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool])]},
+            hooks={"PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool], on_failure="block")]},
             stderr=self._take_stderr,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -263,16 +269,25 @@ class Agent:
             await self._client.disconnect()
 
     async def _before_tool(self, given: Any, tool_use_id: str | None, context: Any) -> sdk.HookJSONOutput:
-        """Asked before every call of a tool. Once a turn is to end, none begins: an interrupt takes its time."""
-        if self._running is None or self._running.interrupted is None:
+        """Asked before every call of a tool, before Claude Code's own rules: what is decided here is decided.
+
+        Once a turn is to end, none begins: an interrupt takes its time.
+        """
+        if self._running is not None and self._running.interrupted is not None:
+            return _decided("deny", "The turn is being ended.")
+        verdict = decide(
+            # An agent may narrow its own mode, by planning first.
+            PermissionMode.PLAN if given.get("permission_mode") == PermissionMode.PLAN else self._mode,
+            self._rules,
+            given["tool_name"],
+            given["tool_input"],
+            place=dataclasses.replace(self._place, cwd=given.get("cwd") or self._place.cwd),
+        )
+        if verdict is None or (verdict.decision is Decision.ALLOW and self._mode is PermissionMode.BYPASS):
             return {}
-        return {
-            "hookSpecificOutput": {
-                "hookEventName": "PreToolUse",
-                "permissionDecision": "deny",
-                "permissionDecisionReason": "The turn is being ended.",
-            }
-        }
+        if verdict.decision is Decision.ASK:
+            return _decided("deny", f"{_NOBODY_TO_ASK} ({_why(verdict)})")
+        return _decided(verdict.decision.value, _why(verdict))
 
     async def set_model(self, model: str | None) -> None:
         """Use another model from here on."""
@@ -281,6 +296,7 @@ class Agent:
 
     async def set_permission_mode(self, mode: str) -> None:
         """Use another permission mode from here on."""
+        self._mode = PermissionMode(mode)
         if self._client is not None:
             await self._client.set_permission_mode(mode)  # type: ignore[arg-type]
 
@@ -529,6 +545,19 @@ class _Mirror:
 
 async def _deny(tool: str, given: dict[str, Any], context: Any) -> sdk.PermissionResultDeny:
     return sdk.PermissionResultDeny(message=_NOBODY_TO_ASK)
+
+
+def _decided(decision: str, why: str) -> sdk.HookJSONOutput:
+    said: Any = {
+        "hookEventName": "PreToolUse",
+        "permissionDecision": decision,
+        "permissionDecisionReason": why,
+    }
+    return {"hookSpecificOutput": said}
+
+
+def _why(verdict: Verdict) -> str:
+    return verdict.reason if verdict.rule is None else f"{verdict.reason}: {verdict.rule}"
 
 
 async def _prompt(command: StartTurn) -> AsyncIterator[dict[str, Any]]:
