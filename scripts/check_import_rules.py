@@ -12,7 +12,7 @@ The rule:
     `abc` holds the contracts. It names concrete types for typing only, under `if TYPE_CHECKING:`.
     `budgets` is arithmetic over the contracts that several parts need: model, errors, protocol and abc alone.
     The parts (store, buses, objects, channels, runtimes, sessions, model_gateway, tools, auth, workspaces,
-    observability)
+    observability, socket_proxy)
     see contracts and never one another, save that sessions may import workspaces.
     `runner` and `client` live on the far side of a wire: protocol, model and errors alone.
     `api` speaks for the parts; `cli` alone wires: it alone imports settings and runs servers.
@@ -49,6 +49,7 @@ PARTS = frozenset(
         "objects",
         "runtimes",
         "sessions",
+        "socket_proxy",
         "store",
         "tools",
         "workspaces",

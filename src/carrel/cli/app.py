@@ -23,6 +23,7 @@ from carrel.cli import (
     serve,
     sessions,
     settings,
+    socket_proxy,
     token,
     usage,
     users,
@@ -54,6 +55,7 @@ app.add_typer(users.app, name="users")
 app.add_typer(token.app, name="token")
 app.command("usage")(usage.usage)
 app.command("settings")(settings.settings)
+app.command("socket-proxy")(socket_proxy.socket_proxy)
 app.command("doctor")(doctor.doctor)
 app.command("migrate")(migrate.migrate)
 app.command("backup")(backup.backup)
