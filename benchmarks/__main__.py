@@ -10,12 +10,13 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import create, deltas, fanout, first_token, memory, report, store
+from benchmarks import create, deltas, fanout, first_token, memory, pool, report, store
 from benchmarks.figures import Figure
 from benchmarks.harness import RESULTS, Bench, machine
 
 MEASUREMENTS: dict[str, Callable[[Bench], Awaitable[list[Figure]]]] = {
     **first_token.MEASUREMENTS,
+    **pool.MEASUREMENTS,
     **create.MEASUREMENTS,
     **memory.MEASUREMENTS,
     **deltas.MEASUREMENTS,

@@ -15,13 +15,13 @@ from benchmarks.harness import Bare, Bench, alternately, turn_frames
 from benchmarks.wire import Connection
 
 # Paced, as a model is: the answer's beginning and its end do not come in one piece.
-_PROMPT = "[[count: 5 @100]]"
+PROMPT = "[[count: 5 @100]]"
 _IDLE_SECONDS = 0.2
 
 Json = dict[str, Any]
 
 
-class _Trial:
+class Trial:
     """Pairs of samples, and how long each hop of each took."""
 
     def __init__(self, bench: Bench) -> None:
@@ -86,11 +86,11 @@ class _Trial:
 
 async def warm(bench: Bench) -> list[Figure]:
     """The next turn of a session whose agent is connected."""
-    trial = _Trial(bench)
+    trial = Trial(bench)
     async with bench.server() as server, bench.bare() as bare:
         session, connection = await server.session(), await server.connect()
-        await server.run(session, _PROMPT)
-        await bare.do("cold", prompt=_PROMPT)
+        await server.run(session, PROMPT)
+        await bare.do("cold", prompt=PROMPT)
 
         async def of_carrel() -> None:
             await _pause()
@@ -99,7 +99,7 @@ async def warm(bench: Bench) -> list[Figure]:
         async def of_bare() -> None:
             await _pause()
             await bench.model.marks()
-            await trial.of_bare(await bare.do("query", prompt=_PROMPT))
+            await trial.of_bare(await bare.do("query", prompt=PROMPT))
 
         await alternately(bench.times(50, 5), of_carrel, of_bare)
         await connection.close()
@@ -108,7 +108,7 @@ async def warm(bench: Bench) -> list[Figure]:
 
 async def cold(bench: Bench) -> list[Figure]:
     """A new session's first turn, beside a new client's."""
-    trial = _Trial(bench)
+    trial = Trial(bench)
     async with bench.server() as server, bench.bare() as bare:
         connection = await server.connect()
 
@@ -125,11 +125,11 @@ async def cold(bench: Bench) -> list[Figure]:
 
 async def waking(bench: Bench) -> list[Figure]:
     """The next turn of a session whose process was freed, beside connecting with `resume`."""
-    trial = _Trial(bench)
+    trial = Trial(bench)
     async with bench.server(idle_timeout_seconds=_IDLE_SECONDS) as server, bench.bare() as bare:
         session, connection = await server.session(), await server.connect()
-        await server.run(session, _PROMPT)
-        resume = str((await bare.do("cold", prompt=_PROMPT))["session"])
+        await server.run(session, PROMPT)
+        resume = str((await bare.do("cold", prompt=PROMPT))["session"])
         await bare.do("disconnect")
 
         async def of_carrel() -> None:
@@ -141,16 +141,16 @@ async def waking(bench: Bench) -> list[Figure]:
     return [trial.figure("first_token.waking", "first token, idle session", "bare: connect with resume, then query")]
 
 
-async def _alternate(bench: Bench, trial: _Trial, *both: Callable[[], Awaitable[None]]) -> None:
+async def _alternate(bench: Bench, trial: Trial, *both: Callable[[], Awaitable[None]]) -> None:
     await alternately(1, *both)
     trial.forget()
     await alternately(bench.times(15, 2), *both)
 
 
-def _connecting(bench: Bench, bare: Bare, trial: _Trial, resume: str | None = None) -> Callable[[], Awaitable[None]]:
+def _connecting(bench: Bench, bare: Bare, trial: Trial, resume: str | None = None) -> Callable[[], Awaitable[None]]:
     async def of_bare() -> None:
         await bench.model.marks()
-        told = await bare.do("cold", prompt=_PROMPT, resume=resume)
+        told = await bare.do("cold", prompt=PROMPT, resume=resume)
         await trial.of_bare(told)
         await bare.do("disconnect")
 
@@ -160,7 +160,7 @@ def _connecting(bench: Bench, bare: Bare, trial: _Trial, resume: str | None = No
 async def _watch(connection: Connection, session: str) -> dict[str, float]:
     """When each event of a turn was made (by its own word), and when the first delta was here."""
     seen: dict[str, float] = {}
-    async for frame in turn_frames(connection, session, _PROMPT):
+    async for frame in turn_frames(connection, session, PROMPT):
         if frame.event == "delta":
             seen.setdefault("first", frame.at)
         else:

@@ -55,6 +55,7 @@ __all__ = [
     "LaunchSpec",
     "Observer",
     "Page",
+    "PoolRows",
     "Reservation",
     "Runtime",
     "SandboxRows",
@@ -375,11 +376,14 @@ class SessionRows(ABC):
 
     @abstractmethod
     def page(self, which: SessionFilter, *, cursor: str | None, limit: int) -> Page[Session]:
-        """Newest first. Raises InvalidCursor."""
+        """Newest first; none that waits in a warm pool. Raises InvalidCursor."""
 
     @abstractmethod
     def unsettled(self, now: datetime) -> Sequence[str]:
-        """The ids of sessions that look alive, have turns queued, are being deleted or put back, or whose time is over."""
+        """The ids of sessions that look alive, have turns queued, are being deleted or put back, or whose time is over.
+
+        Those that wait in a warm pool are among them.
+        """
 
     @abstractmethod
     def deleting(self, session_id: str) -> bool:
@@ -388,6 +392,21 @@ class SessionRows(ABC):
     @abstractmethod
     def mark_deleting(self, session_id: str) -> None:
         """From now on the session is not found; what is left of it is still to be removed."""
+
+
+class PoolRows(ABC):
+    """Sessions that wait in a warm pool: they are nobody's yet."""
+
+    @abstractmethod
+    def waiting(self) -> Sequence[Session]:
+        """Those of every pool, oldest first; deleted ones are not among them."""
+
+    @abstractmethod
+    def take(self, pool: str) -> Session | None:
+        """Take the oldest whose agent is connected out of this pool; None where there is none.
+
+        Of two transactions at once, no two take the same.
+        """
 
 
 class TurnRows(ABC):
@@ -427,7 +446,7 @@ class CountRows(ABC):
 
     @abstractmethod
     def sessions(self, owner: str | None = None) -> int:
-        """How many sessions there are, of everybody or of one owner; deleted ones do not count."""
+        """How many sessions there are, of everybody or of one owner; deleted ones and those in warm pools do not count."""
 
     @abstractmethod
     def busy(self) -> int:
@@ -767,6 +786,7 @@ class Transaction(ABC):
     """Rows as one transaction sees them. Not to be used after it has ended."""
 
     sessions: SessionRows
+    pools: PoolRows
     turns: TurnRows
     counts: CountRows
     events: EventRows

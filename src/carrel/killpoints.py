@@ -19,6 +19,8 @@ POINTS: Final = frozenset(
         "delta.published",
         "tool.called",
         "tool.finished",
+        "pool.stored",
+        "pool.taken",
         "usage.reserved",
         "usage.recorded",
         "evict.marked",

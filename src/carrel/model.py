@@ -433,6 +433,9 @@ class Session(Frozen):
     last_active_at: datetime
     ttl_seconds: int | None = Field(default=None, description="Deleted when unused for so long.")
     expires_at: datetime | None = Field(default=None, description="When it will be deleted if it stays unused.")
+    reserved: str | None = Field(
+        default=None, exclude=True, description="The warm pool it waits in; it is nobody's, and no caller sees it."
+    )
 
 
 class Turn(Frozen):
@@ -512,7 +515,9 @@ class Principal(Frozen):
         return cls(name=f"user:{user}", user=user, scopes=scopes)
 
     def may_see(self, session: Session) -> bool:
-        """Whether the session exists for this caller."""
+        """Whether the session exists for this caller; one that waits in a warm pool exists for nobody."""
+        if session.reserved is not None:
+            return False
         if self.session_id is not None:
             return self.session_id == session.id
         return self.is_admin or session.owner == self.user

@@ -245,3 +245,35 @@ async def test_killed_in_the_middle_of_a_deletion(victim, point):
         async with asyncio.timeout(20):
             while folder.exists() or any(path.is_dir() for path in (victim.data / "sandboxes").iterdir()):
                 await asyncio.sleep(0.02)
+
+
+@pytest.mark.on_both_engines
+@pytest.mark.parametrize("point", ["pool.stored:2", "sandbox.stored", "sandbox.forked", "bind.sent:2", "pool.taken"])
+async def test_killed_while_a_pool_is_filled_or_taken_from(victim, point):
+    """Nothing is left of the pool that was, and a session is somebody's or is not."""
+    victim.start(kill_at=point, warm_pool=2)
+    made = []
+    with contextlib.suppress(httpx.HTTPError, ConnectionError):
+        async with await victim.client() as http:
+            while not victim.dead and len(made) < 50:
+                await asyncio.sleep(0.1)
+                if len(list((victim.data / "sandboxes").glob("*/lock"))) >= 2 or point == "pool.taken":
+                    made.append((await http.post("/sessions", json={"title": "mine"})).json()["id"])
+    victim.stop() if not victim.dead else None
+    victim.start(warm_pool=1)
+    async with await victim.client() as http:
+        listed = (await http.get("/sessions?limit=100")).json()["data"]
+        assert {session["id"] for session in listed} >= set(made)
+        assert all(session["title"] == "mine" for session in listed), "nothing is half taken"
+        for session in listed[:2]:
+            result = await http.post(f"/sessions/{session['id']}/turns", json={"prompt": "hello", "wait": True})
+            assert "turn 1" in result.json()["text"]
+        for session in listed:
+            assert (await http.delete(f"/sessions/{session['id']}")).status_code == 204
+        async with asyncio.timeout(60):
+            # The one that waits now, and nothing else: no folder, no sandbox.
+            while any(len([p for p in (victim.data / name).iterdir() if p.is_dir()]) != 1 for name in _FOLDERS):
+                await asyncio.sleep(0.05)
+
+
+_FOLDERS = ("sessions", "sandboxes")

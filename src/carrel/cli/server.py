@@ -43,6 +43,7 @@ from carrel.sessions.hub import Hub
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
+from carrel.sessions.pool import DEFAULT_POOL, Pool, Recipe
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
@@ -69,6 +70,7 @@ class Running:
     services: Services
     hub: Hub
     guard: Guard
+    pool: Pool
     listeners: Mapping[str, str]
     """The address of every listener by its name: `api`, and the dialects that have one of their own."""
 
@@ -107,8 +109,11 @@ async def running(settings: Settings, *, span_exporter: Any = None) -> AsyncIter
         say_dialects(settings, listeners)
         await parts.reconciler.start(stack)
         await parts.guard.start(stack)
+        await parts.pool.start(stack)
         stack.push_async_callback(drain, parts.owner, parts.services, parts.hub, parts.runtimes, settings.drain_seconds)
-        yield Running(url, key.key if key else None, settings.data, parts.services, parts.hub, parts.guard, listeners)
+        yield Running(
+            url, key.key if key else None, settings.data, parts.services, parts.hub, parts.guard, parts.pool, listeners
+        )
 
 
 def serve(settings: Settings) -> None:
@@ -151,6 +156,7 @@ class _Parts:
     hub: Hub
     runtimes: Runtimes
     reconciler: Reconciler
+    pool: Pool
     guard: Guard
     authenticator: Authenticator
     source: Any
@@ -180,6 +186,7 @@ async def _build(
     await serve_unix(seen.model_requests(gateway.app()), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
+    defaults = SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"}))
     runtimes = Runtimes([LocalRuntime(_runtime_options(settings, folder, direct))])
     await runtimes.start(stack)
     own_users = os.geteuid() == 0 and isolation is Isolation.BUBBLEWRAP
@@ -220,6 +227,9 @@ async def _build(
     await scheduler.start(stack)
     await admission.start(stack)
     await serve_link(hub, folder.link_socket, settings.max_frame_bytes, stack)
+    pool = Pool(store, owner, scheduler, shows_config=folders.shows)
+    pool.want([Recipe(name=DEFAULT_POOL, size=settings.warm_pool, spec=defaults)])
+    await pool.forget()
     streams = Streams(store, bus, live, buffer_bytes=settings.stream_buffer_bytes, observer=seen.observer)
     service = SessionService(
         store,
@@ -237,10 +247,11 @@ async def _build(
             max_sessions_per_user=settings.limits.max_sessions_per_user,
             metered=direct is None,
             allow_bypass=runtimes.isolated or settings.allow_bypass_without_isolation,
-            defaults=SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"})),
+            defaults=defaults,
             default_ttl_seconds=settings.defaults.ttl_seconds or None,
             trace=seen.trace,
         ),
+        pool=pool,
     )
 
     workspaces = NamedWorkspaces(store, folders, run_blocking=asyncio.to_thread)
@@ -266,7 +277,8 @@ async def _build(
             settings, store, seen, stack, links=lambda: len(hub), memory=lambda: _memory_seen(guard, owner.memory)
         ),
     )
-    return _Parts(services, owner, hub, runtimes, Reconciler(store, runtimes, scheduler), guard, authenticator, source)
+    reconciler = Reconciler(store, runtimes, scheduler)
+    return _Parts(services, owner, hub, runtimes, reconciler, pool, guard, authenticator, source)
 
 
 def _runtime_options(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | None) -> LocalRuntimeOptions:

@@ -45,6 +45,8 @@ class Hello(Frozen):
     last_turn: str | None = Field(default=None, description="The last turn received by `start_turn`.")
     running_turn: str | None = Field(default=None, description="The turn at work now, agent's own ones included.")
     background_tasks: int = 0
+    model: str | None = Field(default=None, description="The model it was last told to use.")
+    permission_mode: str | None = Field(default=None, description="The permission mode it was last told to use.")
     pending_asks: list[str] = []
 
 

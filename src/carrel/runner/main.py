@@ -47,6 +47,8 @@ class Runner:
         self._agent = Agent(bootstrap, send=self._send, send_delta=self._send_delta)
         self._link = Link(bootstrap, hello=self._hello, open_blocks=self._open_blocks, receive=self._receive)
         self._bind: Bind | None = None
+        self._model: str | None = None
+        self._permission_mode: str | None = None
         self._seen: set[str] = set()
         self._commands: asyncio.Queue[GatewayFrame] = asyncio.Queue()
         self._transcript: asyncio.Queue[Transcript] = asyncio.Queue()
@@ -80,6 +82,8 @@ class Runner:
             "last_turn": self._agent.last_turn,
             "running_turn": self._agent.running_turn,
             "background_tasks": self._agent.background_tasks,
+            "model": self._model,
+            "permission_mode": self._permission_mode,
         }
 
     def _open_blocks(self) -> list[OpenBlock]:
@@ -140,14 +144,16 @@ class Runner:
             case Interrupt():
                 await self._agent.interrupt(command)
             case SetModel():
+                self._model = command.model
                 await self._agent.set_model(command.model)
             case SetPermissionMode():
+                self._permission_mode = command.mode
                 await self._agent.set_permission_mode(command.mode)
 
     # ------------------------------------------------------------------------------------------------------ the agent
 
     async def _start(self, bind: Bind) -> bool:
-        self._bind = bind
+        self._bind, self._model, self._permission_mode = bind, bind.spec.model, bind.permission_mode
         structlog.contextvars.bind_contextvars(session_id=bind.session_id)
         try:
             if bind.agent_session_id is not None:

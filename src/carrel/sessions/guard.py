@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from carrel import abc
-from carrel.model import Sandbox, SandboxStatus, Session
+from carrel.errors import OutOfMemory
+from carrel.model import Failure, Sandbox, SandboxStatus, Session
 from carrel.sessions import steps
 from carrel.sessions.admission import Admission
 from carrel.sessions.hub import Hub
@@ -110,6 +111,8 @@ class Guard:
             if await self._owner.free(session.id, sandbox_id):
                 log.info("sandbox.freed", session=session.id, sandbox=sandbox_id, why="memory")
                 over_bytes -= usage[sandbox_id].memory_bytes
+                if session.reserved is not None:
+                    self._owner.heard_of_pool(session, Failure(code=OutOfMemory.code, message=OutOfMemory().message))
                 self._scheduler.poke(session.id)
 
     async def _repeat(self) -> None:
@@ -123,10 +126,11 @@ class Guard:
 
 
 def _resting(tx: abc.Transaction, sandboxes: Iterable[Sandbox], admission: Admission) -> list[tuple[str, Session]]:
-    """Those whose sessions rest, each with its session, the least recently used first."""
+    """Those whose sessions rest, each with its session: warm pools' first, then the least recently used."""
     found = []
     for sandbox in sandboxes:
         session = tx.sessions.get(sandbox.session_id)
         if session is not None and steps.resting(tx, session, admission):
             found.append((sandbox.id, session))
-    return sorted(found, key=lambda each: each[1].last_active_at)
+    # Those of warm pools first: nobody misses them.
+    return sorted(found, key=lambda each: (each[1].reserved is None, each[1].last_active_at))

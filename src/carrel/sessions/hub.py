@@ -92,6 +92,10 @@ class Link:
         self.ready = hello.bound and sandbox.status is SandboxStatus.LIVE
         self.last_turn = hello.last_turn
         self.background_tasks = hello.background_tasks
+        self.live_options = (hello.model, hello.permission_mode)
+        """The model and the permission mode that the agent was last told to use."""
+        self.up_to_date = not hello.bound
+        """Whether these are known to be what the session asks for: of one that is back, nobody knows at first."""
         self.interrupted_turn: str | None = None
         self.ended = False
         self.over = False
@@ -142,6 +146,11 @@ class Hub:
         """The link of the session's connected agent, if it can be given a turn now."""
         link = self._by_session.get(session_id)
         return link if link is not None and link.ready and link.bound and not link.ended else None
+
+    def bound_link(self, session_id: str) -> Link | None:
+        """The link of the session's agent, if it has been told its session; it may be starting yet."""
+        link = self._by_session.get(session_id)
+        return link if link is not None and link.bound and not link.ended else None
 
     def link(self, sandbox_id: str) -> Link | None:
         """The sandbox's link, if it is connected now."""
@@ -368,10 +377,12 @@ def _apply(
         if isinstance(frame, EventFrame):
             events.append(frame)
             continue
-        _append(tx, sandbox, events)
+        if session.reserved is None:
+            _append(tx, sandbox, events)
         events = []
         _apply_one(tx, sandbox, frame, starts=starts)
-    _append(tx, sandbox, events)
+    if session.reserved is None:
+        _append(tx, sandbox, events)
 
 
 def _append(tx: abc.Transaction, sandbox: Sandbox, frames: Sequence[EventFrame]) -> None:

@@ -46,6 +46,12 @@ class Memory:
         expected = self.expected_bytes
         return session_id in self._expected or self._taken + expected < self.limit_bytes
 
+    def spare(self) -> bool:
+        """Whether one more could be started and still leave room for the next: a warm pool takes no more than that."""
+        if self.limit_bytes is None:
+            return True
+        return not self._waiting and self._taken + self.expected_bytes + EXPECTED_BYTES < self.limit_bytes
+
     def admit(self, session_id: str) -> bool:
         """Count the session's sandbox as started, if there is room for it. Whether there was."""
         if not self.room(session_id):

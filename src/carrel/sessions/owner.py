@@ -44,7 +44,7 @@ from carrel.model import (
     new_id,
     utc_now,
 )
-from carrel.protocol.link import AgentFailed, Bind, Interrupt, Shutdown, StartTurn
+from carrel.protocol.link import AgentFailed, Bind, Interrupt, SetModel, SetPermissionMode, Shutdown, StartTurn
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
@@ -138,6 +138,8 @@ class Owner:
         self._check_model = check_model
         self._run_blocking = run_blocking
         self._options = options
+        self.heard_of_pool: Callable[[Session, Failure | None], None] = lambda session, failure: None
+        """Told of each session of a warm pool when its agent is connected (None), and why one is lost."""
         self._launches: dict[str, int] = {}
         self._missed_since: dict[str, datetime] = {}
 
@@ -170,6 +172,9 @@ class Owner:
         return _sooner(await self._advance(session, view), view.queued)
 
     async def _advance(self, session: Session, view: steps.View) -> float | None:
+        if session.reserved is not None and steps.spoilt(session, view.sandbox):
+            await self._discard(session)
+            return 0.0
         if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
             return None
         if view.sandbox is None:
@@ -182,15 +187,17 @@ class Owner:
         if view.live is not None and not steps.goes_on(view.live):
             await self._lose(session.id, None)
             return 0.0
-        if view.live is None and not view.queued:
+        if view.live is None and not view.queued and session.reserved is None:
             if session.status is not SessionStatus.IDLE:
                 await self._store.write(lambda tx: steps.settle(tx, session.id))
             self._launches.pop(session.id, None)
             return None
         if self.draining:
             return None
-        if view.live is None and await self._store.read(
-            lambda tx: self._spent(tx, session, view.queued[0]) is not None
+        if (
+            view.live is None
+            and view.queued
+            and await self._store.read(lambda tx: self._spent(tx, session, view.queued[0]) is not None)
         ):
             await self._store.write(lambda tx: self._fail_if_spent(tx, view.queued[0].id))
             return 0.0
@@ -282,6 +289,8 @@ class Owner:
             return self._options.launch_timeout_seconds
         if not link.ready:
             return await self._late(session, sandbox) or _LOOK_AGAIN_SECONDS
+        if not link.up_to_date:
+            await self.apply_live_options(session)
         self._launches.pop(session.id, None)
         if view.live is not None:
             return await self._tend(session, view.live, sandbox, link)
@@ -325,15 +334,9 @@ class Owner:
         return "\n".join([line async for line in self._runtimes.named(sandbox.runtime).logs(sandbox.state)][-20:])
 
     async def _bind(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> None:
-        spec = SessionSpec.model_validate(session.spec)
-        if self._options.mcp_servers:
-            servers = dict(self._options.mcp_servers) | (spec.mcp_servers or {})
-            spec = spec.model_copy(update={"mcp_servers": servers})
-        if spec.model is None and self._options.default_model is not None:
-            spec = spec.model_copy(update={"model": self._options.default_model})
-        isolated = self._runtimes.named(sandbox.runtime).isolated
-        mode = spec.permission_mode or (PermissionMode.BYPASS if isolated else PermissionMode.DEFAULT)
+        spec, mode = self._agent_options(session, isolated=self._runtimes.named(sandbox.runtime).isolated)
         link.bound = True
+        link.live_options = (spec.model, mode)
         await link.tell(
             Bind(
                 id=new_id(),
@@ -348,10 +351,36 @@ class Owner:
         )
         reached("bind.sent")
 
+    def _agent_options(self, session: Session, *, isolated: bool) -> tuple[SessionSpec, PermissionMode]:
+        """What the session's agent is set up with."""
+        spec = SessionSpec.model_validate(session.spec)
+        if self._options.mcp_servers:
+            servers = dict(self._options.mcp_servers) | (spec.mcp_servers or {})
+            spec = spec.model_copy(update={"mcp_servers": servers})
+        if spec.model is None and self._options.default_model is not None:
+            spec = spec.model_copy(update={"model": self._options.default_model})
+        return spec, spec.permission_mode or (PermissionMode.BYPASS if isolated else PermissionMode.DEFAULT)
+
+    async def apply_live_options(self, session: Session) -> None:
+        """Have the session's agent, if it is connected, use the model and the permission mode that the session asks for.
+
+        What does not arrive is told again when its runner is back, which says what it was told last.
+        """
+        link = self._hub.bound_link(session.id)
+        if link is None:
+            return
+        spec, mode = self._agent_options(session, isolated=self._runtimes.named(link.runtime).isolated)
+        told, link.live_options = link.live_options, (spec.model, mode)
+        link.up_to_date = True
+        if told[0] != spec.model:
+            await link.tell(SetModel(id=new_id(), model=spec.model))
+        if told[1] != mode:
+            await link.tell(SetPermissionMode(id=new_id(), mode=mode))
+
     async def idle_agent(self, session_id: str) -> Link | None:
         """The session's agent, if a turn could go to it at once."""
         link = None if self.draining else self._hub.ready_link(session_id)
-        return link if link is not None and await self._lives(link) else None
+        return link if link is not None and link.up_to_date and await self._lives(link) else None
 
     async def _lives(self, link: Link) -> bool:
         """Whether the runner is there: a prompt sent to one that has just died is not sent again."""
@@ -404,13 +433,15 @@ class Owner:
     async def hand_over(self, turn: Turn, link: Link) -> None:
         """Send the agent a turn that has been started. What does not arrive is sent again by a later step."""
         link.last_turn = turn.id
+        if (model := turn.options.get("model")) is not None:
+            link.live_options = (model, link.live_options[1])
         await link.tell(
             StartTurn(
                 id=new_id(),
                 turn_id=turn.id,
                 content=turn.content,
                 max_turns=turn.options.get("max_turns"),
-                model=turn.options.get("model"),
+                model=model,
             )
         )
 
@@ -434,6 +465,9 @@ class Owner:
 
     async def _rest(self, session: Session, sandbox: Sandbox, link: Link) -> float | None:
         """Nothing to do: free the process once it has been idle for long enough."""
+        if session.reserved is not None:
+            self.heard_of_pool(session, None)
+            return None
         if link.background_tasks > 0 or session.status is not SessionStatus.READY:
             return self._options.idle_timeout_seconds
         left = self._options.idle_timeout_seconds - (utc_now() - session.last_active_at).total_seconds()
@@ -501,6 +535,13 @@ class Owner:
     async def _fail_all(self, session_id: str, error: CarrelError, *, stop_reason: StopReason) -> None:
         failure = Failure(code=error.code, message=error.message)
         await self._store.write(lambda tx: steps.fail_waiting(tx, session_id, failure, stop_reason))
+
+    async def _discard(self, session: Session) -> None:
+        """A session of a warm pool has lost its sandbox, or got none: the pool makes another."""
+        lost = SandboxLost()
+        await self._store.write(lambda tx: steps.discard(tx, session.id))
+        self.memory.release(session.id)
+        self.heard_of_pool(session, session.error or Failure(code=lost.code, message=lost.message))
 
     async def _expire(self, session: Session, queued: list[Turn]) -> bool:
         now = utc_now()

@@ -44,13 +44,13 @@ from carrel.model import (
     utc_now,
 )
 from carrel.protocol.events import SessionCreated, SessionUpdated, StoredEvent, TurnQueued
-from carrel.protocol.link import SetModel, SetPermissionMode
 from carrel.protocol.results import TurnResult, result_of
 from carrel.protocol.spec import LIVE_FIELDS, CreateSession, CreateTurn, SessionSpec, UpdateSession
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission, SessionLimits
 from carrel.sessions.hub import Hub
 from carrel.sessions.owner import Owner
+from carrel.sessions.pool import DEFAULT_POOL, Pool
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.steps import mark_deleted
 from carrel.sessions.streams import Streams
@@ -103,8 +103,10 @@ class SessionService:
         *,
         run_blocking: Callable[..., Any],
         options: ServiceOptions,
+        pool: Pool,
     ) -> None:
         """Make the service over the parts that do the work."""
+        self._pool = pool
         self._admission = admission
         self._store = store
         self.streams = streams
@@ -126,7 +128,7 @@ class SessionService:
         max_sessions: int | None = None,
         max_sessions_per_user: int | None = None,
     ) -> Session:
-        """Make a session. No process is started and no model asked.
+        """Make a session, or take one from a warm pool. No process is started for it and no model asked.
 
         Args:
             principal: who asks; the session is their user's.
@@ -154,16 +156,22 @@ class SessionService:
             max_sessions_per_user if options.max_sessions_per_user is None else options.max_sessions_per_user,
         )
 
-        def work(tx: abc.Transaction) -> Session:
-            limits.spend(tx, principal.user)
-            now = utc_now()
-            session = _new_session(tx, principal, spec, body, now)
-            tx.sessions.add(session)
-            transitions.emit(tx, session.id, SessionCreated(title=session.title))
-            _note(tx, mark, session.id)
-            return _session(tx, principal, session.id)
+        recipe = await self._pool.recipe_for(DEFAULT_POOL, principal.user, spec, body.workspace)
 
-        session = await self._store.write(work)
+        def work(tx: abc.Transaction) -> tuple[Session, bool]:
+            limits.spend(tx, principal.user)
+            wanted = _new_session(tx, principal, spec, body, utc_now())
+            session = None if recipe is None else self._pool.take(tx, recipe, wanted)
+            if session is None:
+                tx.sessions.add(wanted)
+                transitions.emit(tx, wanted.id, SessionCreated(title=wanted.title))
+            made = wanted if session is None else session
+            _note(tx, mark, made.id)
+            return _session(tx, principal, made.id), session is not None
+
+        session, warm = await self._store.write(work)
+        if warm:
+            await self._pool.taken(session)
         if session.workspace.type != "user":
             return session
         try:
@@ -210,7 +218,7 @@ class SessionService:
         self._check_mode(body.permission_mode)
         self._check_budget(body.budget)
 
-        def work(tx: abc.Transaction) -> tuple[Session, str | None]:
+        def work(tx: abc.Transaction) -> Session:
             session = _session(tx, principal, session_id)
             changes: dict[str, Any] = {}
             if "title" in given:
@@ -226,20 +234,15 @@ class SessionService:
                 wanted = _with_defaults(SessionSpec.model_validate(spec), back)
                 changes["spec"] = wanted.model_dump(mode="json", exclude_none=True)
             if not changes:
-                return session, None
+                return session
             updated = tx.sessions.update(session_id, **changes)
             at_next = sorted(options - LIVE_FIELDS)
             transitions.emit(tx, session_id, SessionUpdated(changed=sorted(given), at_next_launch=at_next))
-            sandbox = tx.sandboxes.current(session_id)
-            return tx.sessions.update(session_id, title=updated.title), sandbox.id if sandbox else None
+            return tx.sessions.update(session_id, title=updated.title)
 
-        session, sandbox_id = await self._store.write(work)
-        link = self._hub.link(sandbox_id) if sandbox_id else None
-        if link is not None and "model" in options:
-            await link.tell(SetModel(id=new_id(), model=session.spec.get("model")))
-        mode = session.spec.get("permission_mode")
-        if link is not None and "permission_mode" in options and mode is not None:
-            await link.tell(SetPermissionMode(id=new_id(), mode=mode))
+        session = await self._store.write(work)
+        if options & LIVE_FIELDS:
+            await self._owner.apply_live_options(session)
         return session
 
     async def delete(self, principal: Principal, session_id: str) -> None:
@@ -324,7 +327,9 @@ class SessionService:
         source, turn = await self._store.read(prepare)
         number = await self._store.write(lambda tx: tx.sessions.next_number())
         new = new_id()
-        target = source.model_copy(update={"id": new, "number": number})
+        # In a directory of its user's the files are that user's; in a folder of its own nobody else's.
+        uid_number = source.uid_number if source.workspace.type == "user" else None
+        target = source.model_copy(update={"id": new, "number": number, "uid_number": uid_number})
         await self.run_blocking(self.folders.copy, source, target)
         limits = SessionLimits(self._options.max_sessions, self._options.max_sessions_per_user)
 
@@ -339,7 +344,7 @@ class SessionService:
                 id=new,
                 number=number,
                 owner=current.owner,
-                uid_number=current.uid_number,
+                uid_number=uid_number,
                 status=SessionStatus.IDLE,
                 title=current.title,
                 spec=current.spec,

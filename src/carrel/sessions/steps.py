@@ -52,6 +52,20 @@ def view(tx: abc.Transaction, session_id: str) -> View:
     )
 
 
+def spoilt(session: Session, sandbox: Sandbox | None) -> bool:
+    """Whether a session of a warm pool is of no use any more. It is started once, and then taken or thrown away."""
+    return sandbox is None and (session.generation > 0 or session.error is not None)
+
+
+def discard(tx: abc.Transaction, session_id: str) -> bool:
+    """Throw a session of a warm pool away, unless somebody was quicker to take it. Whether it goes."""
+    session = tx.sessions.get(session_id)
+    if session is None or session.reserved is None:
+        return False
+    tx.sessions.mark_deleting(session_id)
+    return True
+
+
 def goes_on(turn: Turn) -> bool:
     """Whether a new agent takes the turn up when its sandbox is lost."""
     return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE and turn.interrupt_reason is None
@@ -140,6 +154,8 @@ def evict(tx: abc.Transaction, session_id: str, sandbox_id: str, admission: Admi
         return False
     if sandbox is None or sandbox.id != sandbox_id:
         return False
+    if session.reserved is not None:
+        return discard(tx, session_id)
     tx.sandboxes.update(sandbox_id, status=SandboxStatus.ENDING)
     transitions.set_status(tx, session, SessionStatus.IDLE)
     return True
@@ -189,7 +205,8 @@ def fail_waiting(tx: abc.Transaction, session_id: str, failure: Failure, stop_re
     live = tx.turns.live(session_id)
     for turn in [*([live] if live else []), *tx.turns.queued(session_id)]:
         transitions.fail_turn(tx, session, turn, failure, stop_reason)
-    tx.sessions.update(session_id, stop_reason=stop_reason)
+    error = {} if session.reserved is None else {"error": failure}
+    tx.sessions.update(session_id, stop_reason=stop_reason, **error)
 
 
 def expire(tx: abc.Transaction, session_id: str, turn_ids: list[str]) -> None:

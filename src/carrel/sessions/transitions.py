@@ -58,12 +58,24 @@ def set_status(
     if stop_reason is not None:
         changed["stop_reason"] = stop_reason
     updated = tx.sessions.update(session.id, **changed)
+    if session.reserved is not None:
+        return updated  # it is nobody's yet: what is told of it begins when it is taken
     emit(
         tx,
         session.id,
         events.SessionStatusChanged(status=status, previous=session.status, stop_reason=stop_reason, error=error),
     )
     return updated
+
+
+def tell_of_start(tx: abc.Transaction, session: Session) -> None:
+    """Tell of the steps that a session from a warm pool took while it was nobody's."""
+    emit(
+        tx,
+        session.id,
+        events.SessionStatusChanged(status=SessionStatus.STARTING, previous=SessionStatus.IDLE),
+        events.SessionStatusChanged(status=SessionStatus.READY, previous=SessionStatus.STARTING),
+    )
 
 
 def settle(tx: abc.Transaction, session: Session, *, stop_reason: StopReason | None = None) -> Session:

@@ -271,6 +271,9 @@ class Settings(Group):
     cli_path: Path | None = Field(default=None, description="Another Claude Code program than the one we bring.")
 
     idle_timeout_seconds: float = Field(default=600.0, gt=0, description="After it an idle session's process is freed.")
+    warm_pool: int = Field(
+        default=0, ge=0, le=1000, description="Sandboxes with a connected agent that wait for new sessions."
+    )
     launch_timeout_seconds: float = Field(default=60.0, gt=0, description="How long an agent may take to start.")
     reconnect_window_seconds: float = Field(default=300.0, gt=0, description="How long a runner awaits its gateway.")
     drain_seconds: float = Field(default=10.0, ge=0, description="At shutdown: how long running turns may finish.")

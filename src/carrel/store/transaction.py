@@ -17,6 +17,7 @@ class SqlTransaction(abc.Transaction):
         """See the rows through `connection`; `writing` transactions lock the rows of sessions they read."""
         self._connection = connection
         self.sessions = rows.SqlSessions(connection, writing=writing)
+        self.pools = rows.SqlPools(connection)
         self.turns = rows.SqlTurns(connection)
         self.counts = rows.SqlCounts(connection)
         self.log = rows.SqlEvents(connection)

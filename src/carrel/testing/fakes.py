@@ -281,6 +281,8 @@ class FakeRunner:
             last_turn=self._last_turn,
             running_turn=self.running.id if self.running else None,
             background_tasks=self._background,
+            model=self.model,
+            permission_mode=self.permission_mode,
         )
         self.connections += 1
         self._connection = connection

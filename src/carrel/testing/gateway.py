@@ -22,6 +22,7 @@ from carrel.sessions.hub import Hub
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
+from carrel.sessions.pool import Pool, Recipe
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
@@ -63,6 +64,7 @@ class FakeGateway:
         buffer_bytes: int = 4 * 1024 * 1024,
         observer: abc.Observer = abc.Observer(),
         memory: Memory | None = None,
+        pool: Recipe | None = None,
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -80,6 +82,7 @@ class FakeGateway:
             buffer_bytes: how much waits for a viewer that does not read.
             observer: told of what happens.
             memory: the soft limit on what sandboxes take; None: none.
+            pool: the warm pool of sessions that name no environment; None: none.
         """
         self.host = host
         self.principal = principal
@@ -111,6 +114,8 @@ class FakeGateway:
             memory=memory,
         )
         self.scheduler = Scheduler(self.owner.step)
+        self.pool = Pool(self.store, self.owner, self.scheduler, shows_config=self.folders.shows)
+        self.pool.want([] if pool is None else [pool])
         self.streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer_bytes, observer=observer)
         self.service = SessionService(
             self.store,
@@ -122,6 +127,7 @@ class FakeGateway:
             self.admission,
             run_blocking=asyncio.to_thread,
             options=service_options,
+            pool=self.pool,
         )
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
@@ -133,7 +139,9 @@ class FakeGateway:
             await part.start(self._stack)
         self.host.connect(self.hub.serve)
         self._stack.push_async_callback(self.host.disconnect)
+        await self.pool.forget()
         await self.reconciler.start(self._stack)
+        await self.pool.start(self._stack)
         return self
 
     async def __aexit__(

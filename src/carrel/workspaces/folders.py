@@ -9,7 +9,7 @@ from pathlib import Path
 from carrel.errors import FileNotFound, WorkspaceMissing
 from carrel.model import Session
 from carrel.workspaces.files import WorkspaceFiles
-from carrel.workspaces.user_config import show_user_config
+from carrel.workspaces.user_config import has_user_config, show_user_config
 
 
 class Folders:
@@ -65,11 +65,17 @@ class Folders:
             WorkspaceMissing: the user's directory is not there, and none is made.
         """
         self._make_both(session)
+        if session.reserved is not None:
+            return  # nobody's yet: what a user has set up is shown to sessions of theirs alone
         show_user_config(
             WorkspaceFiles(self._users / session.owner, within=self._users),
             WorkspaceFiles(self.home(session), owner=self.owner(session)),
             self._root / session.id / "user-config.json",
         )
+
+    def shows(self, user: str) -> bool:
+        """Whether the user has set up anything that each agent of theirs is shown."""
+        return has_user_config(WorkspaceFiles(self._users / user, within=self._users))
 
     def _make_both(self, session: Session) -> None:
         (self._root / session.id).mkdir(mode=0o700, parents=True, exist_ok=True)

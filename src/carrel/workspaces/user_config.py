@@ -46,6 +46,11 @@ def show_user_config(source: WorkspaceFiles, home: WorkspaceFiles, record: Path)
     record.write_text(json.dumps(copied))
 
 
+def has_user_config(source: WorkspaceFiles) -> bool:
+    """Whether there is anything to show; `source` is the user's own directory, which need not be there."""
+    return bool(_files(source))
+
+
 def _files(source: WorkspaceFiles) -> list[FileEntry]:
     found: list[FileEntry] = []
     for name in _SHOWN:

@@ -5,6 +5,7 @@ from carrel.store.rows.counts import SqlCounts
 from carrel.store.rows.events import SqlEvents
 from carrel.store.rows.idempotency import SqlIdempotency
 from carrel.store.rows.people import SqlKeys, SqlTickets, SqlUsers
+from carrel.store.rows.pools import SqlPools
 from carrel.store.rows.sandboxes import SqlSandboxes
 from carrel.store.rows.sessions import SqlSessions
 from carrel.store.rows.transcripts import SqlTranscripts
@@ -20,6 +21,7 @@ __all__ = [
     "SqlEvents",
     "SqlIdempotency",
     "SqlKeys",
+    "SqlPools",
     "SqlSandboxes",
     "SqlSessions",
     "SqlSnapshots",

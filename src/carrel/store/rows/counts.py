@@ -11,10 +11,12 @@ from carrel.model import SessionStatus, TurnStatus
 from carrel.store import tables
 from carrel.store.rows.base import Rows
 
+_TAKEN = tables.sessions.c.reserved.is_(None)
+"""What waits in a warm pool is nobody's, and counts nowhere."""
 _AT_WORK = tables.sessions.c.status.in_((SessionStatus.STARTING, SessionStatus.RUNNING)) | tables.sessions.c.id.in_(
     sa.select(tables.turns.c.session_id).where(tables.turns.c.status == TurnStatus.RUNNING)
 )
-_BUSY = sa.select(sa.func.count()).select_from(tables.sessions).where(_AT_WORK, ~tables.sessions.c.deleting)
+_BUSY = sa.select(sa.func.count()).select_from(tables.sessions).where(_AT_WORK, ~tables.sessions.c.deleting, _TAKEN)
 
 
 class SqlCounts(Rows, abc.CountRows):
@@ -22,7 +24,7 @@ class SqlCounts(Rows, abc.CountRows):
 
     def sessions(self, owner: str | None = None) -> int:
         """How many sessions there are, of everybody or of one owner; deleted ones do not count."""
-        query = sa.select(sa.func.count()).select_from(tables.sessions).where(~tables.sessions.c.deleting)
+        query = sa.select(sa.func.count()).select_from(tables.sessions).where(~tables.sessions.c.deleting, _TAKEN)
         if owner is not None:
             query = query.where(tables.sessions.c.owner == owner)
         return int(self._connection.execute(query).scalar_one())

@@ -67,7 +67,9 @@ class SqlSessions(Rows, abc.SessionRows):
     def page(self, which: abc.SessionFilter, *, cursor: str | None, limit: int) -> abc.Page[Session]:
         """Newest first. Raises InvalidCursor."""
         number = tables.sessions.c.number
-        query = sa.select(*_SESSION_COLUMNS).where(~tables.sessions.c.deleting).order_by(number.desc()).limit(limit + 1)
+        taken = tables.sessions.c.reserved.is_(None)
+        query = sa.select(*_SESSION_COLUMNS).where(~tables.sessions.c.deleting, taken)
+        query = query.order_by(number.desc()).limit(limit + 1)
         if which.owner is not None:
             query = query.where(tables.sessions.c.owner == which.owner)
         if which.session_id is not None:
@@ -91,6 +93,7 @@ class SqlSessions(Rows, abc.SessionRows):
             | s.c.deleting
             | (s.c.expires_at <= now)
             | s.c.restoring.is_not(None)
+            | s.c.reserved.is_not(None)
             | s.c.id.in_(waiting)
         )
         return list(self._connection.execute(query).scalars())

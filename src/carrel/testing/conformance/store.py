@@ -467,6 +467,37 @@ async def a_line_of_a_transcript_is_stored_once(open_store: OpenStore) -> None:
 
 
 @_check
+async def what_waits_in_a_pool_is_nobodys_and_taken_once(open_store: OpenStore) -> None:
+    """No list and no count has it; of many at once no two get the same; only one that is ready is given."""
+    async with open_store(ignore) as store:
+        ready, starting = SessionStatus.READY, SessionStatus.STARTING
+        waiting = [await add_session(store, reserved="p", owner="", status=ready) for _ in range(3)]
+        slow = await add_session(store, reserved="p", owner="", status=starting)
+        other = await add_session(store, reserved="q", owner="", status=ready)
+        gone = await add_session(store, reserved="p", owner="", status=ready)
+        await store.write(lambda tx: tx.sessions.mark_deleting(gone.id))
+        taken = await add_session(store)
+        found = await store.read(lambda tx: [session.id for session in tx.pools.waiting()])
+        must_equal(found, [each.id for each in (*waiting, slow, other)], "all that wait, oldest first")
+        page = await store.read(lambda tx: tx.sessions.page(abc.SessionFilter(), cursor=None, limit=10))
+        must_equal([session.id for session in page.items], [taken.id], "the list")
+        counts = await store.read(lambda tx: (tx.counts.sessions(), tx.counts.sessions(""), tx.counts.busy()))
+        must_equal(counts, (1, 0, 0), "sessions, of nobody, at work")
+        unsettled = await store.read(lambda tx: set(tx.sessions.unsettled(NOW - timedelta(days=1))))
+        must({each.id for each in (*waiting, slow, other)} <= unsettled, "they are looked at after a restart")
+        got = await asyncio.gather(*(store.write(lambda tx: tx.pools.take("p")) for _ in range(6)))
+        ids = [session.id for session in got if session is not None]
+        must(len(ids) == len(set(ids)), "none is given twice")
+        # At the very same instant one may be missed; whoever comes later finds it.
+        while (more := await store.write(lambda tx: tx.pools.take("p"))) is not None:
+            ids.append(more.id)
+        must_equal(sorted(ids), sorted(each.id for each in waiting), "those that are ready")
+        must(all(session.reserved is None for session in got if session is not None), "out of the pool")
+        left = await store.read(lambda tx: [session.id for session in tx.pools.waiting()])
+        must_equal(left, [slow.id, other.id], "those that are left")
+
+
+@_check
 async def a_transcript_is_copied_to_a_turns_end(open_store: OpenStore) -> None:
     """With one id put for another, and later turns left out."""
     async with open_store(ignore) as store:
