@@ -38,6 +38,7 @@ from carrel.model import (
 from carrel.protocol.events import Delta, NewEvent, StoredEvent
 
 __all__ = [
+    "OTHER_HOSTS",
     "ArtifactRows",
     "AuditFilter",
     "AuditRecord",
@@ -53,6 +54,8 @@ __all__ = [
     "IdempotencyRows",
     "KeyRows",
     "LaunchSpec",
+    "NetworkRequest",
+    "NetworkRows",
     "Observer",
     "Page",
     "PoolRows",
@@ -349,6 +352,27 @@ class IdempotencyRecord:
     status: int | None
     body: str | None
     created_at: datetime
+
+
+OTHER_HOSTS = "*"
+"""The host under which the rest is counted where a session has asked for too many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRequest:
+    """How often a session's sandboxes have asked the egress proxy for one port of one host, with what verdict."""
+
+    id: str
+    session_id: str
+    host: str
+    port: int
+    verdict: str
+    """`allowed` or `refused`."""
+    reason: str
+    """A stable word."""
+    count: int
+    first_at: datetime
+    last_at: datetime
 
 
 class SessionRows(ABC):
@@ -782,6 +806,21 @@ class DoomedRows(ABC):
         """They are deleted."""
 
 
+class NetworkRows(ABC):
+    """What sandboxes asked the egress proxy for."""
+
+    @abstractmethod
+    def add(self, requests: Sequence[NetworkRequest], *, most: int = 1000) -> None:
+        """Add to what is counted. A session's kinds of requests beyond `most` are counted as of OTHER_HOSTS, port 0.
+
+        Those of sessions that are not there are left out.
+        """
+
+    @abstractmethod
+    def page(self, session_id: str, *, cursor: str | None, limit: int) -> Page[NetworkRequest]:
+        """A session's, what was first asked for last at the front. Raises InvalidCursor."""
+
+
 class Transaction(ABC):
     """Rows as one transaction sees them. Not to be used after it has ended."""
 
@@ -802,6 +841,7 @@ class Transaction(ABC):
     snapshots: SnapshotRows
     artifacts: ArtifactRows
     doomed: DoomedRows
+    network: NetworkRows
 
     @abstractmethod
     def lock(self, name: str) -> None:

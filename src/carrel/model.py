@@ -11,9 +11,11 @@ import time
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_serializer, model_validator
+
+from carrel import hostnames
 
 # ---------------------------------------------------------------------------------------------------------- states
 
@@ -111,13 +113,6 @@ class Isolation(StrEnum):
     BUBBLEWRAP = "bubblewrap"
     CONTAINER = "container"
     NONE = "none"
-
-
-class Network(StrEnum):
-    """What an agent's own commands can reach."""
-
-    GATEWAY_ONLY = "gateway-only"
-    HOST = "host"
 
 
 # ------------------------------------------------------------------------------------------------------ transitions
@@ -277,7 +272,17 @@ class NetworkPolicy(Frozen):
     """What a sandbox reaches beside the gateway: nothing, some names through the egress proxy, or everything."""
 
     mode: Literal["gateway-only", "allow", "open"] = "gateway-only"
-    allow: tuple[str, ...] = Field(default=(), description="Names of hosts; `*.example.org` is every name below it.")
+    allow: tuple[str, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="Names of hosts; `*.example.org` is every name below it, `example.org:8443` another port than 80 "
+        "and 443.",
+    )
+
+    @field_validator("allow")
+    @classmethod
+    def _in_one_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(str(hostnames.HostPattern.parse(each)) for each in value))
 
     @model_validator(mode="before")
     @classmethod
@@ -289,11 +294,60 @@ class NetworkPolicy(Frozen):
             return {"mode": "allow", **value}
         return value
 
+    @model_serializer
+    def _as_written(self) -> str | dict[str, list[str]]:
+        return {"allow": list(self.allow)} if self.mode == "allow" else self.mode
+
     @model_validator(mode="after")
     def _names_only_if_allowed(self) -> NetworkPolicy:
         if bool(self.allow) != (self.mode == "allow"):
             raise ValueError('give "gateway-only", "open", or {"allow": [names]} with at least one name')
         return self
+
+    def permits(self, host: str, port: int) -> bool:
+        """Whether the egress proxy may lead to this port of this host, whose name is in its one form."""
+        return self.mode == "allow" and hostnames.permits(self.allow, host, port)
+
+    def narrowed(self, wish: NetworkPolicy | None) -> NetworkPolicy:
+        """What is within both policies; None wishes for nothing else than this one."""
+        if wish is None or wish.mode == "open":
+            return self
+        if self.mode == "open":
+            return wish
+        both = hostnames.narrowed(self.allow, wish.allow)
+        return NetworkPolicy(mode="allow", allow=both) if both else NetworkPolicy()
+
+    def within(self, wider: NetworkPolicy) -> bool:
+        """Whether this one opens nothing that the wider one does not."""
+        if wider.mode == "open" or self.mode == "gateway-only":
+            return True
+        return self.mode == "allow" and hostnames.within(self.allow, wider.allow)
+
+    def __str__(self) -> str:
+        return self.mode if self.mode != "allow" else f"allow {', '.join(self.allow)}"
+
+
+_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1000}
+GivenNetwork = Annotated[
+    NetworkPolicy,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["gateway-only", "open"]},
+                {
+                    "type": "object",
+                    "properties": {"allow": _NAMES},
+                    "required": ["allow"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+"""A policy as people write it."""
+
+
+GATEWAY_ONLY: Final = NetworkPolicy()
 
 
 class Resources(Frozen):
@@ -476,6 +530,7 @@ class Sandbox(Frozen):
     acked: int = Field(default=0, description="The last frame of the runner that is stored.")
     link_token_hash: str
     agent_token_hash: str
+    network: NetworkPolicy | None = Field(default=None, description="What it was launched with; None: `gateway-only`.")
     created_at: datetime
     ended_at: datetime | None = None
 

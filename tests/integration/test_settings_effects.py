@@ -342,6 +342,47 @@ async def test_defaults_reach_the_model(start, upstream):
     assert upstream.told["model"] == "claude-sonnet-5"
 
 
+@pytest.fixture
+async def free_server():
+    """The port of a server that reads what comes and says nothing."""
+
+    async def read(reader, writer):
+        while await reader.read(2**20):
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(read, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+
+
+async def test_bounds_of_the_egress_proxy(start, free_server):
+    """One connection at once, ended after a silence, and cut off after a megabyte."""
+    egress = {"private_networks": ["127.0.0.0/8"], "max_connections": 1, "idle_seconds": 0.5, "max_mb": 1}
+    api = await start(egress=egress, network={"allow": [f"localhost:{free_server}"]})
+    session = await api.session()
+    script = f"""
+import socket
+def tunnel():
+    connection = socket.create_connection(("127.0.0.1", 3128), timeout=20)
+    connection.sendall(b"CONNECT localhost:{free_server} HTTP/1.1\\r\\n\\r\\n")
+    return connection, connection.recv(100).split()[1].decode()
+first, status = tunnel()
+print(status, tunnel()[1], first.recv(1))
+second, status = tunnel()
+sent = 0
+try:
+    while sent < 64 * 2**20:
+        sent += second.send(b"x" * 65536)
+except OSError:
+    pass
+print(status, sent < 32 * 2**20)
+"""
+    await api.ask("PUT", f"/sessions/{session}/files/bounds.py", content=script.encode())
+    turn = await api.run(session, "[[bash: python3 bounds.py]]")
+    assert turn["tool_calls"][0]["result"].splitlines() == ["200 429 b''", "200 True"]
+
+
 async def test_what_the_caller_names_wins(start, upstream):
     api = await start(
         model_upstream=upstream.url, defaults={"system_prompt": "You are PERIWINKLE.", "setting_sources": ["project"]}

@@ -464,7 +464,7 @@ def socket_files():
     for folder, folders, files in os.walk("/"):
         folders[:] = [name for name in folders if os.path.join(folder, name) not in skipped]
         found += [path for name in files if stat.S_ISSOCK(os.lstat(path := os.path.join(folder, name)).st_mode)]
-    found = [path for path in found if path != "/run/carrel/gateway.sock"]
+    found = [path for path in found if path not in ("/run/carrel/gateway.sock", "/run/carrel/egress.sock")]
 
     def connect(path):
         with socket.socket(socket.AF_UNIX) as connection:

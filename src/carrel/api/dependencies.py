@@ -36,6 +36,8 @@ class Services:
     """Says of each part whether it works."""
     models: Callable[[], Awaitable[list[dict[str, Any]]]]
     """Asks the upstream for its models."""
+    settle_network: Callable[[], Awaitable[None]] | None = None
+    """Has all that sandboxes have asked for on record; None where nobody records it."""
     max_file_bytes: int = 1024 * 1024 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     heartbeat_seconds: float = 15.0

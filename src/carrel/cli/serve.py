@@ -10,7 +10,7 @@ import typer
 
 from carrel.cli.context import context_of
 from carrel.errors import InvalidSettings
-from carrel.model import Isolation, Network
+from carrel.model import Isolation
 
 __all__ = ["serve"]
 
@@ -28,7 +28,9 @@ def serve(
         Literal["key", "none"] | None, typer.Option(help="`none`: no key is wanted; on loopback only.")
     ] = None,
     isolation: Annotated[Isolation | None, typer.Option(help="What stands around agents.")] = None,
-    network: Annotated[Network | None, typer.Option(help="What agents reach.")] = None,
+    network: Annotated[
+        str | None, typer.Option(metavar='gateway-only|open|{"allow": [NAMES]}', help="What agents reach.")
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"] | None, typer.Option(help="What is logged.")
     ] = None,

@@ -28,12 +28,14 @@ from carrel.cli.drain import drain
 from carrel.cli.listening import listen, serve_link, serve_unix
 from carrel.cli.seen import Seen, build_edges, configure_logs
 from carrel.cli.storage import open_store
+from carrel.egress import Dialler, EgressLimits, EgressProxy, Judge, Ledger
 from carrel.errors import InvalidSettings, OperatorError
 from carrel.model import Isolation, utc_now
 from carrel.model_gateway import credentials, scripted
 from carrel.model_gateway.app import ModelGateway
 from carrel.model_gateway.meter import Meter
 from carrel.model_gateway.prices import Prices
+from carrel.protocol.bootstrap import EGRESS_SOCKET
 from carrel.protocol.spec import SessionSpec
 from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions
 from carrel.sessions.admission import Admission
@@ -184,6 +186,9 @@ async def _build(
     gateway = ModelGateway(store, meter, source, client)
     stack.push_async_callback(gateway.close)
     await serve_unix(seen.model_requests(gateway.app()), folder.sandbox_side / "gateway.sock", stack, everyone=True)
+    ledger = Ledger(store, seen.metrics.egress)
+    proxy = EgressProxy(store, Dialler(Judge(settings.egress.private_networks)), ledger, _egress_limits(settings))
+    await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
     defaults = SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"}))
@@ -220,6 +225,7 @@ async def _build(
             default_model=settings.anthropic_model,
             mcp_servers=settings.mcp_servers,
             allowances=allowances,
+            network=settings.network,
         ),
         memory=_memory(settings.limits),
     )
@@ -271,6 +277,7 @@ async def _build(
         history=History(store),
         ready=ready,
         models=gateway.offered,
+        settle_network=ledger.flush,
         max_file_bytes=settings.max_file_bytes,
         heartbeat_seconds=settings.heartbeat_seconds,
         edges=await build_edges(
@@ -299,6 +306,13 @@ def _runtime_options(settings: Settings, folder: DataFolder, direct: Mapping[str
         disk_reserve_bytes=settings.limits.disk_reserve_mb * 2**20,
         caps=_caps(settings.limits),
         caps_by=settings.limits.sandbox_caps,
+    )
+
+
+def _egress_limits(settings: Settings) -> EgressLimits:
+    egress = settings.egress
+    return EgressLimits(
+        connections=egress.max_connections, idle_seconds=egress.idle_seconds, bytes_each_way=egress.max_mb * 2**20
     )
 
 

@@ -104,6 +104,9 @@ class Metrics(abc.Observer):
             "carrel_http_requests_open", "Requests and connections being served, by kind.", ["kind"]
         )
         self._audit_lost = self._counter("carrel_audit_records_lost", "Records that could not be stored.")
+        self._egress = self._counter(
+            "carrel_egress_requests", "Requests of sandboxes at the egress proxy, by verdict.", ["verdict", "reason"]
+        )
         self._model_requests = self._counter(
             "carrel_model_requests", "Requests of agents at the model gateway, by status.", ["status"]
         )
@@ -180,6 +183,10 @@ class Metrics(abc.Observer):
         """An agent's model request was answered."""
         self._model_requests.labels(str(status)).inc()
         self._model_seconds.observe(seconds)
+
+    def egress(self, verdict: str, reason: str) -> None:
+        """A sandbox's request at the egress proxy was allowed or refused."""
+        self._egress.labels(verdict, reason).inc()
 
     def transaction(self, kind: str, seconds: float) -> None:
         """A transaction is over. `kind`: `read` or `write`."""

@@ -18,6 +18,24 @@ class Mount(Frozen):
     )
 
 
+EGRESS_SOCKET = "egress.sock"
+"""The egress proxy's, in the folder of the model gateway's socket."""
+EGRESS_PORT = 3128
+"""Where programs in a sandbox find the road to the egress proxy, on its own loopback."""
+
+
+class EgressRoad(Frozen):
+    """The road from the sandbox's loopback to the gateway's egress proxy."""
+
+    socket: str = Field(description="The unix socket of the proxy, as the runner sees it.")
+    port: int = EGRESS_PORT
+    entrance: str | None = Field(
+        default=None,
+        description="The folder with the pipes `wall` and `go` of a wall that waits for its port; None where the runner "
+        "is inside of the sandbox.",
+    )
+
+
 class Bootstrap(Frozen):
     """A runner's identity, its road to the gateway, and how its agent is started."""
 
@@ -46,6 +64,7 @@ class Bootstrap(Frozen):
     mounts: list[Mount] = Field(default=[], description="Made before anything else, in a mount namespace of its own.")
     mount_root: str | None = Field(default=None, description="An empty directory to mount them under.")
     subreaper: bool = Field(default=False, description="Adopt and end whatever the agent leaves behind.")
+    egress: EgressRoad | None = Field(default=None, description="None: nothing but the gateway is reached, or all is.")
     reconnect_window_seconds: float = 300.0
     max_frame_bytes: int = 64 * 1024 * 1024
     outbox_memory_bytes: int = 64 * 1024 * 1024

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from carrel.model import Budget, OnDisconnect, OnSandboxLost, PermissionMode, Workspace
+from carrel.model import Budget, GivenNetwork, OnDisconnect, OnSandboxLost, PermissionMode, Workspace
 from carrel.protocol.permissions import PermissionRules
 
 MAX_PROMPT_CHARS = 10_000_000
@@ -168,6 +168,9 @@ class SessionSpec(Options):
             "required": ["type", "schema"],
             "properties": {"type": {"const": "json_schema"}, "schema": {"type": "object"}},
         },
+    )
+    network: GivenNetwork | None = _applies(
+        "launch", "What its commands reach: no more than they would without this. `gateway-only`, or names to allow."
     )
     env_vars: dict[EnvName, NoNul] | None = _applies("launch", "Variables for the agent's commands; never secrets.")
 

@@ -43,6 +43,7 @@ from carrel.protocol.link import (
 from carrel.protocol.permissions import Decision, PermissionRules, Place, Verdict, decide
 from carrel.runner.blocks import Blocks, whole, whole_text
 from carrel.runner.disk import Disk
+from carrel.runner.relay import Relay
 from carrel.runner.transcripts import Transcripts
 
 log = structlog.get_logger(__name__)
@@ -103,6 +104,7 @@ class Agent:
         self._place = Place(workspace=bootstrap.cwd, home=str(Path(bootstrap.config_dir).parent), cwd=bootstrap.cwd)
         self._disk = Disk((bootstrap.workspace, bootstrap.home), reserve_bytes=bootstrap.disk_reserve_bytes)
         self._transcripts = Transcripts(Path(bootstrap.home), bootstrap.cwd, bootstrap.owner)
+        self._relay = Relay(bootstrap.egress, bootstrap.agent_token) if bootstrap.egress is not None else None
 
     # ------------------------------------------------------------------------------------------------ what it knows
 
@@ -151,7 +153,10 @@ class Agent:
             warnings.simplefilter("ignore", sdk.CanUseToolShadowedWarning)
             self._client = sdk.ClaudeSDKClient(self._options(bind, go_on=go_on))
             try:
+                opening = self._relay.open() if self._relay is not None else None
                 await self._client.connect()
+                if opening is not None:
+                    await opening
             except Exception as error:
                 detail = "\n".join([repr(error), *self._stderr])
                 raise AgentStartFailed(operator_detail=detail) from error
@@ -166,6 +171,8 @@ class Agent:
         }
         if not boot.direct:
             env["ANTHROPIC_API_KEY"] = boot.agent_token
+        if self._relay is not None:
+            env |= self._relay.variables
         if boot.late_env_path is None:
             env |= spec.env_vars or {}
         else:
@@ -222,6 +229,8 @@ class Agent:
         if self._client is not None:
             with contextlib.suppress(Exception):
                 await self._client.disconnect()
+        if self._relay is not None:
+            await self._relay.close()
 
     async def start(self, command: StartTurn) -> None:
         """Hand the agent a prompt; at once, or when the run it has begun by itself is over."""

@@ -32,10 +32,13 @@ from carrel.errors import (
 )
 from carrel.killpoints import reached
 from carrel.model import (
+    GATEWAY_ONLY,
     Failure,
+    NetworkPolicy,
     PermissionMode,
     Sandbox,
     SandboxStatus,
+    SandboxTemplate,
     Session,
     SessionStatus,
     StopReason,
@@ -98,6 +101,8 @@ class OwnerOptions:
     mcp_servers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """For every session's agent. A session's own win by name, and only they are part of its row."""
     allowances: Allowances = UNLIMITED
+    network: NetworkPolicy = GATEWAY_ONLY
+    """Of sandboxes whose template names none."""
 
 
 class Owner:
@@ -210,6 +215,15 @@ class Owner:
             return _LOOK_AGAIN_SECONDS
         return await self._launch(session)
 
+    def network_given(self, template: SandboxTemplate | None = None) -> NetworkPolicy:
+        """What a sandbox may reach: as its template says, or else the settings."""
+        given = template.network if template is not None else None
+        return given or self._options.network
+
+    def network(self, session: Session, template: SandboxTemplate | None = None) -> NetworkPolicy:
+        """What the session's next sandbox may reach: what it is given, narrowed by its own wish."""
+        return self.network_given(template).narrowed(SessionSpec.model_validate(session.spec).network)
+
     async def _launch(self, session: Session) -> float | None:
         if self._launches.get(session.id, 0) >= _LAUNCH_ATTEMPTS:
             await self._start_failed(session.id, SandboxLaunchFailed(operator_detail="lost before it was connected"))
@@ -226,6 +240,7 @@ class Owner:
             await self._fail_all(session.id, DiskFull(), stop_reason=StopReason.ERROR)
             return 0.0
         runtime = self._runtimes.default
+        template = SandboxTemplate()
         within = self._folders.within(session)
         spec = abc.LaunchSpec(
             sandbox_id=new_id(),
@@ -238,6 +253,7 @@ class Owner:
             workspace_within=None if within is None else str(within),
             home=str(self._folders.home(session)),
             owner=self._folders.owner(session),
+            template=template.model_copy(update={"network": self.network(session, template)}),
         )
         stored = await self._store.write(lambda tx: steps.launching(tx, spec, runtime.name, self.admission))
         if stored is not steps.Launching.STORED:

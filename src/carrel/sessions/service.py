@@ -31,6 +31,7 @@ from carrel.errors import (
 from carrel.killpoints import reached
 from carrel.model import (
     Budget,
+    NetworkPolicy,
     PermissionMode,
     Principal,
     SandboxStatus,
@@ -147,6 +148,7 @@ class SessionService:
             raise BoundToSession
         spec = _with_defaults(body.spec(), self._options.defaults)
         self._check_mode(spec.permission_mode)
+        self._check_network(spec.network)
         self._check_budget(body.budget)
         if body.ttl_seconds is None:
             body = body.model_copy(update={"ttl_seconds": self._options.default_ttl_seconds})
@@ -216,6 +218,7 @@ class SessionService:
         given = body.model_fields_set
         options = given & set(SessionSpec.model_fields)
         self._check_mode(body.permission_mode)
+        self._check_network(body.network)
         self._check_budget(body.budget)
 
         def work(tx: abc.Transaction) -> Session:
@@ -527,6 +530,19 @@ class SessionService:
 
         return await self._store.read(work)
 
+    async def network(
+        self, principal: Principal, session_id: str, *, cursor: str | None, limit: int
+    ) -> tuple[NetworkPolicy, abc.Page[abc.NetworkRequest]]:
+        """What the session's sandboxes may reach beside the gateway, and what they asked for. Raises InvalidCursor."""
+
+        def work(tx: abc.Transaction) -> tuple[NetworkPolicy, abc.Page[abc.NetworkRequest]]:
+            session = _session(tx, principal, session_id)
+            sandbox = tx.sandboxes.current(session_id)
+            policy = sandbox.network if sandbox is not None else None
+            return policy or self._owner.network(session), tx.network.page(session_id, cursor=cursor, limit=limit)
+
+        return await self._store.read(work)
+
     async def cancel_turn(self, principal: Principal, session_id: str, turn_id: str) -> Turn:
         """Take a queued turn back. Raises TurnNotCancellable once it runs or has ended."""
 
@@ -579,6 +595,11 @@ class SessionService:
     def _check_budget(self, budget: Budget | None) -> None:
         if budget is not None and not budget.unlimited and not self._options.metered:
             raise ValidationFailed("budget: none can hold here, since agents ask the model's provider themselves")
+
+    def _check_network(self, wish: NetworkPolicy | None) -> None:
+        most = self._owner.network_given()
+        if wish is not None and not wish.within(most):
+            raise Forbidden(f"network: a session may narrow what it is given, and this is more than {most}.")
 
     def _check_mode(self, mode: PermissionMode | None) -> None:
         if mode is PermissionMode.BYPASS and not self._options.allow_bypass:

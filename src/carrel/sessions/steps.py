@@ -111,6 +111,7 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
             runtime=runtime,
             link_token_hash=token_hash(spec.link_token),
             agent_token_hash=token_hash(spec.agent_token),
+            network=spec.template.network,
             created_at=utc_now(),
         )
     )

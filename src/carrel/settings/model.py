@@ -6,6 +6,7 @@ How they are read stands in `sources.py`; the older services' names for them in 
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from carrel.errors import UnsafeConfiguration
-from carrel.model import Budget, Isolation, Network, PermissionMode
+from carrel.model import Budget, Isolation, NetworkPolicy, PermissionMode
 from carrel.protocol.spec import SessionSpec
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -63,6 +64,17 @@ def _strong(value: SecretStr | None, least_bytes: int) -> SecretStr | None:
         raise ValueError("is a secret out of an example, which everybody knows; make one: openssl rand -base64 48")
     if len(text.encode()) < least_bytes:
         raise ValueError(f"is shorter than {least_bytes} bytes; make one: openssl rand -base64 48")
+    return value
+
+
+def _networks(value: list[str]) -> list[str]:
+    for address in value:
+        try:
+            ipaddress.ip_network(address, strict=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{address!r} is no address; write one such as 10.0.0.7, or a network such as 10.0.0.0/8"
+            ) from error
     return value
 
 
@@ -168,6 +180,23 @@ class SessionDefaults(Group):
     )
 
 
+class Egress(Group):
+    """The proxy behind which the names of `network: {allow: [...]}` lie."""
+
+    private_networks: list[str] = Field(
+        default=[],
+        description="Private networks that a name may lead to, such as 10.20.0.0/16 for a mirror of packages in it.",
+    )
+    max_connections: int = Field(default=64, ge=1, description="Connections of one sandbox at once.")
+    idle_seconds: float = Field(default=120.0, gt=0, description="After so long without a byte a connection is ended.")
+    max_mb: int = Field(default=4096, ge=1, description="What one connection carries at most, each way.")
+
+    @field_validator("private_networks")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        return _networks(value)
+
+
 class Plugin(Group):
     """A plugin of Claude Code's on this host."""
 
@@ -260,7 +289,12 @@ class Settings(Group):
     isolation: Isolation | None = Field(
         default=None, description="`bubblewrap` (default), `container` (we are in one), or `none`."
     )
-    network: Network = Field(default=Network.GATEWAY_ONLY, description="What agents reach: `gateway-only` or `host`.")
+    network: NetworkPolicy = Field(
+        default=NetworkPolicy(),
+        description="What agents reach: `gateway-only`, `{allow: [names]}` through the egress proxy, or `open` (`host`).",
+        json_schema_extra={"whole": True},
+    )
+    egress: Egress = Field(default=Egress(), description="The egress proxy.")
     allow_bypass_without_isolation: bool = Field(
         default=False, description="Permits bypassPermissions where nothing isolates the agent."
     )
@@ -312,6 +346,19 @@ class Settings(Group):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @field_validator("network", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        """`host` is what `open` was called first; a variable says a list of names in JSON."""
+        if value == "host":
+            return "open"
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                return json.loads(value)
+            except ValueError:
+                raise ValueError('is not valid JSON; write it as {"allow": ["example.org"]}') from None
+        return value
+
     @field_validator("model_upstream")
     @classmethod
     def _known_upstream(cls, value: str) -> str:
@@ -340,14 +387,7 @@ class Settings(Group):
     @field_validator("trusted_proxies")
     @classmethod
     def _are_networks(cls, value: list[str]) -> list[str]:
-        for address in value:
-            try:
-                ipaddress.ip_network(address, strict=False)
-            except ValueError as error:
-                raise ValueError(
-                    f"{address!r} is no address; write one such as 10.0.0.7, or a network such as 10.0.0.0/8"
-                ) from error
-        return value
+        return _networks(value)
 
     @field_validator("mcp_servers")
     @classmethod
@@ -378,10 +418,18 @@ class Settings(Group):
     @model_validator(mode="after")
     def _direct_can_work(self) -> Settings:
         if self.credentials == "direct":
-            if self.network is not Network.HOST:
+            if self.network.mode != "open":
                 raise ValueError("credentials: direct needs network: host, since each sandbox asks the provider itself")
             if not all(budget.unlimited for budget in dict(self.budgets).values()):
                 raise ValueError("budgets cannot hold with credentials: direct, which passes our meter by")
+        return self
+
+    @model_validator(mode="after")
+    def _network_can_hold(self) -> Settings:
+        if self.network.mode == "allow" and self.isolation in (Isolation.NONE, Isolation.CONTAINER):
+            raise ValueError(
+                f"network: allow cannot hold with isolation {self.isolation}, where agents reach all we do"
+            )
         return self
 
     @model_validator(mode="after")
@@ -420,7 +468,7 @@ class Settings(Group):
             raise UnsafeConfiguration(
                 f"{what} on {host} would let anyone in. {instead}, listen on 127.0.0.1, or set allow_insecure: true."
             )
-        if self.network is Network.HOST:
+        if self.network.mode == "open":
             raise UnsafeConfiguration(
                 f"{what} with network host would let an agent drive this server. {instead}, use network "
                 "gateway-only, or set allow_insecure: true."

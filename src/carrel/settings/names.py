@@ -14,9 +14,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
+from carrel.model import NetworkPolicy
 from carrel.settings.model import Settings
 
-__all__ = ["Leaf", "groups", "leaves", "nearest"]
+__all__ = ["Leaf", "groups", "is_whole", "leaves", "nearest"]
 
 _CUTOFF = 0.6
 
@@ -92,13 +93,18 @@ def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[Leaf
     """Every setting, in the order of the model, groups opened."""
     for name, field in model.model_fields.items():
         group, keys = _model(field.annotation), _keyed(field.annotation)
-        if group is not None:
+        if group is not None and not is_whole(field):
             yield from leaves(group, f"{prefix}{name}.")
         elif keys is not None:
             for key in get_args(keys[0]):
                 yield from leaves(keys[1], f"{prefix}{name}.{key}.")
         else:
             yield Leaf(prefix + name, field)
+
+
+def is_whole(field: FieldInfo) -> bool:
+    """Whether a model is one setting, and no group of several."""
+    return isinstance(field.json_schema_extra, dict) and "whole" in field.json_schema_extra
 
 
 def groups(names: Iterable[str]) -> frozenset[str]:
@@ -153,6 +159,8 @@ def _kind(kind: Any, bounds: list[Any]) -> str:
         return f"a list of {_kind(item, []).removeprefix('one of ') if get_origin(item) is Literal else 'texts'}"
     if get_origin(kind) is dict:
         return "a mapping"
+    if kind is NetworkPolicy:
+        return "gateway-only, open, or {allow: [example.org, '*.example.net', 'example.com:8443']}"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(str(choice.value) for choice in kind)
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from carrel.settings.aliases import ALIASES, OLD_DEFAULTS
 from carrel.settings.loading import shown
 from carrel.settings.model import Settings
-from carrel.settings.names import Leaf, leaves
+from carrel.settings.names import Leaf, is_whole, leaves
 
 __all__ = ["documentation", "example"]
 
@@ -53,7 +53,7 @@ def _group(model: type[BaseModel], values: BaseModel, indent: str) -> Iterator[s
         if name in _HIDDEN:
             continue
         value = field.get_default(call_default_factory=True)
-        opened = isinstance(value, BaseModel)
+        opened = isinstance(value, BaseModel) and not is_whole(field)
         leaf = Leaf(name, field)
         description = field.description or ""
         if not opened and name not in _SHOWN_AS:
@@ -76,6 +76,8 @@ def _group(model: type[BaseModel], values: BaseModel, indent: str) -> Iterator[s
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     return str(value) if isinstance(value, PurePath) else value
 
 

@@ -169,6 +169,7 @@ sandboxes = sa.Table(
     sa.Column("acked", sa.BigInteger, nullable=False),
     sa.Column("link_token_hash", sa.String(64), nullable=False),
     sa.Column("agent_token_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("network", sa.JSON(none_as_null=True)),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("ended_at", Moment),
     sa.Index("ix_sandboxes_session_id_generation", "session_id", "generation"),
@@ -265,6 +266,21 @@ audit = sa.Table(
     sa.Index("ix_audit_at", "at"),
     sa.Index("ix_audit_user_id_at", "user_id", "at"),
     sa.Index("ix_audit_object_id", "object_id"),
+)
+
+network_requests = sa.Table(
+    "network_requests",
+    metadata,
+    _id(primary_key=True),
+    _of_session(nullable=False),
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("port", sa.Integer, nullable=False),
+    sa.Column("verdict", sa.String(16), nullable=False),
+    sa.Column("reason", sa.String(32), nullable=False),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("first_at", Moment, nullable=False),
+    sa.Column("last_at", Moment, nullable=False),
+    sa.UniqueConstraint("session_id", "host", "port", "verdict", "reason", name="uq_network_requests_kind"),
 )
 
 idempotency = sa.Table(

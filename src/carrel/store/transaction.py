@@ -34,6 +34,7 @@ class SqlTransaction(abc.Transaction):
         self.snapshots = rows.SqlSnapshots(connection)
         self.artifacts = rows.SqlArtifacts(connection)
         self.doomed = rows.SqlDoomed(connection)
+        self.network = rows.SqlNetwork(connection)
 
     def lock(self, name: str) -> None:
         """Wait until no other transaction has this lock, and keep it. SQLite has one writer at a time as it is."""

@@ -8,7 +8,7 @@ import pytest
 
 from carrel.cli import reload, server
 from carrel.cli.app import run
-from carrel.model import Isolation, Network
+from carrel.model import Isolation, NetworkPolicy
 
 
 @pytest.fixture
@@ -24,8 +24,22 @@ def test_every_option_arrives(served: list[Any], tmp_path: Path) -> None:
     assert run(["serve", *arguments, "--network", "host", "--log-level", "warning"]) == 0
     [settings] = served
     assert (settings.port, settings.data, settings.model_upstream) == (0, tmp_path / "d", "scripted")
-    assert (settings.isolation, settings.network) == (Isolation.CONTAINER, Network.HOST)
+    assert (settings.isolation, settings.network) == (Isolation.CONTAINER, NetworkPolicy(mode="open"))
     assert settings.log_level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("written", "policy"),
+    [
+        ("open", NetworkPolicy(mode="open")),
+        ("gateway-only", NetworkPolicy()),
+        ('{"allow": ["a.org", "*.B.org:8443"]}', NetworkPolicy(mode="allow", allow=("a.org", "*.b.org:8443"))),
+    ],
+)
+def test_a_network_policy_is_a_word_or_names(served: list[Any], written: str, policy: NetworkPolicy) -> None:
+    for arguments in (["--network", written], ["--set", f"network={written}"]):
+        assert run(["serve", *arguments]) == 0
+        assert served.pop().network == policy
 
 
 def test_any_setting_can_be_set(served: list[Any]) -> None:
@@ -53,6 +67,12 @@ def test_the_command_line_wins_over_the_file(served: list[Any], tmp_path: Path) 
         (["--port", "1", "--set", "port=2"], "both set port"),
         (["--auth", "none", "--host", "0.0.0.0"], "127.0.0.1"),
         (["--auth", "none", "--network", "host"], "gateway-only"),
+        (["--auth", "none", "--network", "open"], "gateway-only"),
+        (["--network", "somewhere"], "gateway-only"),
+        (["--network", '{"allow": ["10.0.0.1"]}'], "is an address"),
+        (["--network", '{"allow": ["a.org"'], "not valid JSON"),
+        (["--network", '{"allow": ["a.org"]}', "--isolation", "none"], "cannot hold"),
+        (["--set", "egress.private_networks=10.0.0.0/99"], "is no address"),
     ],
 )
 def test_what_is_wrong_or_unsafe_is_refused(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from carrel.errors import IsolationUnavailable
-from carrel.model import Isolation, Network
-from carrel.protocol.bootstrap import Mount
+from carrel.model import GATEWAY_ONLY, Isolation, NetworkPolicy
+from carrel.protocol.bootstrap import EGRESS_SOCKET, EgressRoad, Mount
 from carrel.runtimes.local import seccomp
 
 WORKSPACE = "/workspace"
@@ -72,6 +72,7 @@ class Wrapped:
     mount_root: str | None
     plugins: list[str]
     """Where the agent sees them."""
+    egress: EgressRoad | None = None
 
 
 def choose(asked: Isolation | None) -> Isolation:
@@ -84,7 +85,7 @@ def choose(asked: Isolation | None) -> Isolation:
     if chosen is not Isolation.BUBBLEWRAP:
         return chosen
     # The shortest program that goes through everything an agent will.
-    command = [*_drop(_probe_user()), *_bwrap(Network.GATEWAY_ONLY), "--ro-bind", "/", "/", "true"]
+    command = [*_drop(_probe_user()), *_bwrap(GATEWAY_ONLY), "--ro-bind", "/", "/", "true"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     if result.returncode != 0:
         raise IsolationUnavailable(
@@ -100,7 +101,9 @@ def _probe_user() -> tuple[int, int] | None:
     return (65534, 65534) if os.geteuid() == 0 else None
 
 
-def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: list[str], sandbox_id: str) -> Wrapped:
+def wrap(
+    isolation: Isolation, network: NetworkPolicy, place: Place, *, read_only: list[str], sandbox_id: str
+) -> Wrapped:
     """Prepare the wall of one sandbox; writes what it needs into the sandbox's folder."""
     env = {
         "CARREL_SANDBOX": sandbox_id,
@@ -169,6 +172,15 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
     for fd, (flag, path) in enumerate(files.items(), start=3):
         command += [flag, str(fd)]
         redirections.append(f"{fd}<{shlex.quote(str(path))}")
+    egress = None
+    if network.mode == "allow":
+        # It stops when its network is made, says who it is, and goes on when the runner has put a port into it.
+        egress = EgressRoad(socket=str(place.gateway_folder / EGRESS_SOCKET), entrance=str(place.folder))
+        pipes = (("--info-fd", "wall", ">"), ("--block-fd", "go", "<"))
+        for fd, (flag, name, way) in enumerate(pipes, start=3 + len(files)):
+            os.mkfifo(place.folder / name, 0o600)
+            command += [flag, str(fd)]
+            redirections.append(f"{fd}{way}{shlex.quote(str(place.folder / name))}")
     wrapper = place.folder / "claude"
     run = f'exec {shlex.join([*command, "--", *program])} "$@" {" ".join(redirections)}'
     wrapper.write_text("\n".join(["#!/bin/sh", *opened, run, ""]))
@@ -182,6 +194,7 @@ def wrap(isolation: Isolation, network: Network, place: Place, *, read_only: lis
         mounts=mounts,
         mount_root=root,
         plugins=[f"{_PLUGINS}/{name.removeprefix('plugin-')}" for name in plugins],
+        egress=egress,
     )
 
 
@@ -218,7 +231,7 @@ def _program(name: str, package: str) -> str:
     return os.path.abspath(found)
 
 
-def _bwrap(network: Network) -> list[str]:
+def _bwrap(network: NetworkPolicy) -> list[str]:
     flags = [_program("bwrap", "bubblewrap"), "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
     flags += [
         "--unshare-pid",
@@ -230,12 +243,12 @@ def _bwrap(network: Network) -> list[str]:
         "--die-with-parent",
         "--new-session",
     ]
-    if network is Network.GATEWAY_ONLY:
+    if network.mode != "open":
         flags.append("--unshare-net")
     return flags
 
 
-def _view(shown: dict[str, Path], network: Network, read_only: list[str]) -> list[str]:
+def _view(shown: dict[str, Path], network: NetworkPolicy, read_only: list[str]) -> list[str]:
     flags = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/", name)
@@ -243,7 +256,7 @@ def _view(shown: dict[str, Path], network: Network, read_only: list[str]) -> lis
             flags += ["--symlink", f"usr/{name}", str(path)]
         elif path.is_dir():
             flags += ["--ro-bind", str(path), str(path)]
-    for name in _SHOWN_IN_ETC + (_SHOWN_WITH_NETWORK if network is Network.HOST else ()):
+    for name in _SHOWN_IN_ETC + (_SHOWN_WITH_NETWORK if network.mode == "open" else ()):
         flags += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     flags += ["--ro-bind", str(shown["etc"] / "passwd"), "/etc/passwd"]
     flags += ["--ro-bind", str(shown["etc"] / "group"), "/etc/group"]

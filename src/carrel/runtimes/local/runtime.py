@@ -16,7 +16,7 @@ import structlog
 
 from carrel import abc
 from carrel.errors import DiskFull, SandboxLaunchFailed
-from carrel.model import Isolation, Network
+from carrel.model import GATEWAY_ONLY, Isolation, NetworkPolicy
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.runtimes.local import isolation as walls
 from carrel.runtimes.local import processes
@@ -40,7 +40,8 @@ class LocalRuntimeOptions:
     """The folder, shown to every agent, in which the model gateway's socket stands."""
     cli_path: Path
     isolation: Isolation | None = None
-    network: Network = Network.GATEWAY_ONLY
+    network: NetworkPolicy = GATEWAY_ONLY
+    """Of sandboxes whose template names none."""
     read_only_paths: tuple[str, ...] = ()
     plugins: tuple[Path, ...] = ()
     """Folders of Claude Code's plugins, for every agent to read."""
@@ -104,9 +105,12 @@ class LocalRuntime(abc.Runtime):
             plugins=options.plugins,
             memory_bytes=options.caps.memory_bytes,
         )
+        network = spec.template.network or options.network
+        if network.mode == "allow" and self._isolation is not Isolation.BUBBLEWRAP:
+            raise SandboxLaunchFailed(operator_detail=f"network: allow cannot hold with isolation {self._isolation}")
         wrapped = walls.wrap(
             self._isolation,
-            options.network,
+            network,
             place,
             read_only=list(options.read_only_paths),
             sandbox_id=spec.sandbox_id,
@@ -133,6 +137,7 @@ class LocalRuntime(abc.Runtime):
             owner=spec.owner,
             mounts=wrapped.mounts,
             mount_root=wrapped.mount_root,
+            egress=wrapped.egress,
             subreaper=self._isolation is not Isolation.BUBBLEWRAP,
             reconnect_window_seconds=options.reconnect_window_seconds,
             max_frame_bytes=options.max_frame_bytes,

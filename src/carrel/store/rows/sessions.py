@@ -60,7 +60,14 @@ class SqlSessions(Rows, abc.SessionRows):
 
     def remove(self, session_id: str) -> None:
         """Delete the session and every row that belongs to it; what it has spent and reserved stays."""
-        for table in (tables.events, tables.transcript_entries, tables.turns, tables.sandboxes, tables.artifacts):
+        for table in (
+            tables.events,
+            tables.transcript_entries,
+            tables.turns,
+            tables.sandboxes,
+            tables.artifacts,
+            tables.network_requests,
+        ):
             self._connection.execute(table.delete().where(table.c.session_id == session_id))
         self._connection.execute(tables.sessions.delete().where(tables.sessions.c.id == session_id))
 

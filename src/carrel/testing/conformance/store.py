@@ -955,6 +955,66 @@ async def the_audit_log_is_filtered_and_pruned(open_store: OpenStore) -> None:
 
 
 @_check
+async def what_sandboxes_asked_for_is_counted(open_store: OpenStore) -> None:
+    """One row for each kind of request, a bounded number of them; gone with the session."""
+    async with open_store(ignore) as store:
+        session, other = await add_session(store), await add_session(store)
+
+        def asked(host: str, count: int = 1, minutes: int = 0, **more: Any) -> abc.NetworkRequest:
+            at = NOW + timedelta(minutes=minutes)
+            values: dict[str, Any] = {
+                "session_id": session.id,
+                "port": 443,
+                "verdict": "refused",
+                "reason": "not_listed",
+            } | more
+            return abc.NetworkRequest(id=new_id(), host=host, count=count, first_at=at, last_at=at, **values)
+
+        async def found(session_id: str = session.id) -> list[tuple[str, int, str, int, datetime, datetime]]:
+            items: list[abc.NetworkRequest] = []
+            cursor = None
+            while True:
+                page = await store.read(lambda tx, c=cursor: tx.network.page(session_id, cursor=c, limit=2))  # type: ignore[misc]
+                must(len(page.items) <= 2, "a page is bounded")
+                items += page.items
+                cursor = page.next_cursor
+                if cursor is None:
+                    return [(i.host, i.port, i.verdict, i.count, i.first_at, i.last_at) for i in items]
+
+        first = [
+            asked("a"),
+            asked("b", 2),
+            asked("b", port=22),
+            asked("b", verdict="allowed"),
+            asked("x", session_id="no"),
+        ]
+        await store.write(lambda tx: tx.network.add(first))
+        await store.write(lambda tx: tx.network.add([]))
+        await store.write(lambda tx: tx.network.add([asked("b", 3, minutes=5)]))
+        later = NOW + timedelta(minutes=5)
+        all_ = [
+            ("b", 443, "allowed", 1, NOW, NOW),
+            ("b", 22, "refused", 1, NOW, NOW),
+            ("b", 443, "refused", 5, NOW, later),
+            ("a", 443, "refused", 1, NOW, NOW),
+        ]
+        must_equal(await found(), all_, "counted by kind, what came last at the front")
+        many = [asked(f"n{i}", 2) for i in range(5)]
+        await store.write(lambda tx: tx.network.add(many, most=6))
+        rest = [row[:4] for row in (await found())[:3]]
+        must_equal(
+            rest, [(abc.OTHER_HOSTS, 0, "refused", 6), ("n1", 443, "refused", 2), ("n0", 443, "refused", 2)], "rest"
+        )
+        await store.write(lambda tx: tx.network.add([asked("y", session_id=other.id)]))
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must_equal(await found(), [], "nothing is left of a session that is gone")
+        must_equal(len(await found(other.id)), 1, "another's stays")
+        await must_raise(
+            InvalidCursor, store.read(lambda tx: tx.network.page(other.id, cursor="?", limit=2)), "no cursor of ours"
+        )
+
+
+@_check
 async def what_limits_count_is_counted(open_store: OpenStore) -> None:
     """Sessions of all and of one owner, those at work, and turns that wait."""
     async with open_store(ignore) as store:

@@ -1,0 +1,8 @@
+"""The egress proxy: what sandboxes reach beside the gateway, and the record of what they asked for."""
+
+from carrel.egress.addresses import Judge
+from carrel.egress.dialling import Dialler
+from carrel.egress.ledger import Ledger
+from carrel.egress.proxy import EgressLimits, EgressProxy
+
+__all__ = ["Dialler", "EgressLimits", "EgressProxy", "Judge", "Ledger"]
