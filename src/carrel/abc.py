@@ -24,6 +24,8 @@ from carrel.errors import StoreOutcomeUnknown, StoreUnavailable
 from carrel.model import (
     ApiKey,
     Artifact,
+    Interaction,
+    InteractionStatus,
     NamedWorkspace,
     Sandbox,
     SandboxTemplate,
@@ -52,6 +54,8 @@ __all__ = [
     "Frame",
     "IdempotencyRecord",
     "IdempotencyRows",
+    "InteractionFilter",
+    "InteractionRows",
     "KeyRows",
     "LaunchSpec",
     "NetworkRequest",
@@ -529,6 +533,40 @@ class TranscriptRows(ABC):
         """Forget what came after a turn, and put one id in the rest for another."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InteractionFilter:
+    """Which interactions a list shows; None: all."""
+
+    owner: str | None = None
+    session_id: str | None = None
+    turn_id: str | None = None
+    status: InteractionStatus | None = None
+
+
+class InteractionRows(ABC):
+    """What waits for a person, or has."""
+
+    @abstractmethod
+    def add(self, interaction: Interaction) -> bool:
+        """Store a new one. False where one with its id is there."""
+
+    @abstractmethod
+    def get(self, interaction_id: str) -> Interaction | None:
+        """The interaction, or None."""
+
+    @abstractmethod
+    def resolve(self, interaction_id: str, **changes: Any) -> Interaction | None:
+        """Change the columns of one that is pending, its status among them; None where it is not pending any more."""
+
+    @abstractmethod
+    def page(self, which: InteractionFilter, *, cursor: str | None, limit: int) -> Page[Interaction]:
+        """Oldest first. Raises InvalidCursor."""
+
+    @abstractmethod
+    def pending(self, session_id: str) -> Sequence[Interaction]:
+        """All of a session's that wait, oldest first."""
+
+
 class SandboxRows(ABC):
     """Sandboxes."""
 
@@ -830,6 +868,7 @@ class Transaction(ABC):
     counts: CountRows
     events: EventRows
     transcripts: TranscriptRows
+    interactions: InteractionRows
     sandboxes: SandboxRows
     usage: UsageRows
     idempotency: IdempotencyRows

@@ -16,6 +16,7 @@
     ├── NotFound                        404
     │   ├── SessionNotFound             404
     │   ├── TurnNotFound                404
+    │   ├── InteractionNotFound         404
     │   ├── FileNotFound                404
     │   ├── WorkspaceNotFound           404
     │   ├── SnapshotNotFound            404
@@ -28,6 +29,7 @@
     │   ├── SessionStopped              409
     │   ├── SessionFailed               409
     │   ├── NothingToInterrupt          409
+    │   ├── InteractionResolved         409
     │   ├── TurnNotCancellable          409
     │   ├── TurnNotFinished             409
     │   ├── IdempotencyInFlight         409
@@ -206,6 +208,10 @@ class TurnNotFound(NotFound):
     """There is no turn with this id in this session."""
 
 
+class InteractionNotFound(NotFound):
+    """There is no interaction with this id."""
+
+
 class FileNotFound(NotFound):
     """There is no such file in the workspace."""
 
@@ -259,6 +265,10 @@ class SessionFailed(Conflict):
 
 class NothingToInterrupt(Conflict):
     """No turn of this session is running."""
+
+
+class InteractionResolved(Conflict):
+    """Somebody has answered this already, or the turn that waited for it has ended."""
 
 
 class TurnNotCancellable(Conflict):

@@ -21,6 +21,7 @@ POINTS: Final = frozenset(
         "tool.finished",
         "pool.stored",
         "pool.taken",
+        "interaction.answered",
         "usage.reserved",
         "usage.recorded",
         "evict.marked",

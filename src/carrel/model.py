@@ -518,6 +518,46 @@ class Turn(Frozen):
     interrupt_reason: StopReason | None = Field(default=None, exclude=True)
 
 
+class InteractionKind(StrEnum):
+    """What a person is asked for."""
+
+    PERMISSION = "permission"
+    QUESTION = "question"
+    PLAN = "plan"
+
+
+class InteractionStatus(StrEnum):
+    """Whether somebody still waits for the answer."""
+
+    PENDING = "pending"
+    ANSWERED = "answered"
+    EXPIRED = "expired"
+    WITHDRAWN = "withdrawn"
+
+
+class Interaction(Frozen):
+    """Something that waits for a person, or has."""
+
+    id: str
+    session_id: str
+    owner: str = Field(exclude=True)
+    turn_id: str | None = Field(description="The turn that waits.")
+    kind: InteractionKind
+    tool: str = Field(description="The tool whose call waits.")
+    tool_use_id: str | None = None
+    input: dict[str, Any] = Field(description="What the tool would be called with.")
+    input_digest: str = Field(description="SHA-256 of tool and input; an answer holds for these alone.")
+    reason: str | None = Field(default=None, description="Why it is asked: the rule, or what the mode says.")
+    status: InteractionStatus = InteractionStatus.PENDING
+    answer: dict[str, Any] | None = None
+    answered_by: str | None = None
+    created_at: datetime
+    expires_at: datetime | None = Field(
+        default=None, description="After it the call is denied; null: it waits for ever."
+    )
+    resolved_at: datetime | None = None
+
+
 class Sandbox(Frozen):
     """Where one session's agent lives."""
 

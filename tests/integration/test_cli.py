@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ async def test_the_demo_stays_up_and_its_curl_line_works(tmp_path):
     before = temporary()
     out = tmp_path / "out"
     with out.open("wb") as file:
-        async with process(*CARREL, "demo", stdout=file, stderr=file) as demo, asyncio.timeout(SECONDS):
+        # Whoever runs these tests in the background may have told them to ignore Ctrl-C, and so their children.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        started = process(*CARREL, "demo", stdout=file, stderr=file, preexec_fn=heard)
+        async with started as demo, asyncio.timeout(SECONDS):
             await until("the demo says how to go on", lambda: " chat " in out.read_text(), SECONDS)
             line = out.read_text().partition("curl -N")[2].partition("\n\n")[0]
             code, streamed, err = await ran("sh", "-c", f"curl -sN{line}")

@@ -34,14 +34,16 @@ async def outcome(api, session, prompt):
     ],
 )
 async def test_the_hook_decides(api, spec, prompt, goes_through, told):
-    session = await api.session(**spec)
+    session = await api.session(ask_expires_seconds=0, **spec)
     happened, said = await outcome(api, session, prompt)
     assert happened is goes_through, said
     assert told in said
 
 
 async def test_settings_in_a_workspace_do_not_widen(api):
-    session = await api.session(permission_mode="default", setting_sources=["user", "project", "local"])
+    session = await api.session(
+        ask_expires_seconds=0, permission_mode="default", setting_sources=["user", "project", "local"]
+    )
     settings = {"permissions": {"allow": ["Write", "Bash"], "defaultMode": "bypassPermissions"}}
     await api.ask("PUT", f"/sessions/{session}/files/.claude/settings.json", content=json.dumps(settings))
     happened, said = await outcome(api, session, WRITE)
@@ -58,7 +60,7 @@ async def test_settings_in_a_workspace_narrow(api):
 
 
 async def test_the_mode_is_changed_live(api):
-    session = await api.session(permission_mode="default")
+    session = await api.session(ask_expires_seconds=0, permission_mode="default")
     happened, _ = await outcome(api, session, WRITE)
     assert not happened
     await api.ask("PATCH", f"/sessions/{session}", json={"permission_mode": "acceptEdits"})

@@ -21,7 +21,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from carrel.auth import make_key
-from carrel.model import Sandbox, SandboxStatus, Scope, new_id, utc_now
+from carrel.model import Interaction, InteractionKind, Sandbox, SandboxStatus, Scope, new_id, utc_now
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
 
@@ -44,6 +44,7 @@ WITHOUT_OBJECT: dict[str, tuple[Any, int]] = {
     "GET /usage": (None, 200),
     "GET /usage/budgets": (None, 200),
     "GET /workspaces": (None, 200),
+    "GET /interactions": (None, 200),
     "POST /workspaces": ({"name": "NEW"}, 201),
     "POST /keys": ({"user": "USER"}, 403),
     "POST /auth/tickets": ({"session_id": "SESSION"}, 404),
@@ -64,6 +65,7 @@ BODIES: dict[str, Any] = {
     "POST /sessions/{session_id}/turns": {"prompt": "Hello"},
     "PUT /sessions/{session_id}/files/{path}": b"stolen",
     "PATCH /workspaces/{workspace_id}": {"quota_mb": 1},
+    "POST /interactions/{interaction_id}/answer": {"decision": "allow"},
 }
 SPOOFED = {
     "X-Forwarded-User": "alice",
@@ -144,7 +146,15 @@ class House:
         """Everything of Alice's, as she sees it."""
         session = f"/sessions/{self.alice['session_id']}"
         found = []
-        for path in (session, f"{session}/turns", f"{session}/events", f"{session}/files", "/keys", "/workspaces"):
+        for path in (
+            session,
+            f"{session}/turns",
+            f"{session}/events",
+            f"{session}/files",
+            "/keys",
+            "/workspaces",
+            "/interactions",
+        ):
             response = await self.http.get(API + path, headers={"Authorization": f"Bearer {self.alices_key}"})
             assert response.status_code == 200
             found.append([{**item, "last_used_at": 0} for item in response.json().get("data", [response.json()])])
@@ -169,8 +179,21 @@ async def house(start: Any) -> Any:
             if path not in OPEN
         ]
         shop = await api.ask("POST", "/workspaces", 201, json={"name": MARK}, headers=as_alice)
+        asked = Interaction(
+            id=new_id(),
+            session_id=session,
+            owner="alice",
+            turn_id=None,
+            kind=InteractionKind.PERMISSION,
+            tool="Bash",
+            input={"command": MARK},
+            input_digest="0" * 64,
+            created_at=utc_now(),
+        )
+        await api.server.services.store.write(lambda tx: tx.interactions.add(asked))
         alice = {
             "workspace_id": shop["id"],
+            "interaction_id": asked.id,
             "session_id": session,
             "turn_id": turn,
             "path": "a.txt",

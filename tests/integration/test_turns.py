@@ -267,7 +267,7 @@ async def test_a_query_leaves_nothing(api):
 
 
 async def test_what_would_ask_a_person_is_denied_clearly(api):
-    session = await api.session(permission_mode="default")
+    session = await api.session(permission_mode="default", ask_expires_seconds=0)
     result = await api.run(session, "[[bash: rm -rf /workspace/*]] [[say: well]]")
     assert result["status"] == "succeeded"
     assert result["tool_calls"][0]["is_error"]

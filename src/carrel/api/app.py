@@ -17,6 +17,7 @@ from carrel.api.routes import (
     events,
     files,
     health,
+    interactions,
     keys,
     messages,
     metrics,
@@ -69,6 +70,7 @@ def create_app(services: Services) -> FastAPI:
         tickets.router,
         usage.router,
         workspaces.router,
+        interactions.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)

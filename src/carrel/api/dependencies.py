@@ -16,6 +16,7 @@ from carrel.auth import Authenticator
 from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
 from carrel.sessions.history import History
+from carrel.sessions.interactions import Interactions
 from carrel.sessions.service import SessionService
 from carrel.sessions.spending import Spending
 from carrel.sessions.workspaces import NamedWorkspaces
@@ -28,6 +29,7 @@ class Services:
     store: abc.Store
     sessions: SessionService
     workspaces: NamedWorkspaces
+    interactions: Interactions
     spending: Spending
     history: History
     authenticator: Authenticator | None

@@ -42,6 +42,7 @@ from carrel.sessions.admission import Admission
 from carrel.sessions.guard import Guard
 from carrel.sessions.history import History
 from carrel.sessions.hub import Hub
+from carrel.sessions.interactions import Interactions
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
@@ -272,6 +273,7 @@ async def _build(
         store=store,
         sessions=service,
         workspaces=workspaces,
+        interactions=Interactions(store, hub),
         authenticator=authenticator if settings.auth != "none" else None,
         spending=Spending(store, allowances),
         history=History(store),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from carrel.model import Failure, Frozen, StopReason, TurnStatus
+from carrel.model import Failure, Frozen, InteractionKind, StopReason, TurnStatus
 from carrel.protocol.events import NewEvent
 from carrel.protocol.spec import SessionSpec
 
@@ -94,6 +94,21 @@ class AgentSession(Frozen):
     agent_session_id: str
 
 
+class Ask(Frozen):
+    """A call of a tool waits for a person."""
+
+    kind: Literal["ask"] = "ask"
+    n: int
+    interaction_id: str
+    turn_id: str | None
+    at: datetime
+    about: InteractionKind
+    tool: str
+    tool_use_id: str | None = None
+    input: dict[str, Any]
+    reason: str | None = None
+
+
 class TurnBegun(Frozen):
     """The agent began a run by itself."""
 
@@ -159,7 +174,16 @@ class WantTranscript(Frozen):
 
 
 NumberedFrame = (
-    EventFrame | TranscriptFrame | AgentReady | AgentFailed | AgentSession | TurnBegun | TurnEnded | Activity | Ended
+    EventFrame
+    | TranscriptFrame
+    | AgentReady
+    | AgentFailed
+    | AgentSession
+    | Ask
+    | TurnBegun
+    | TurnEnded
+    | Activity
+    | Ended
 )
 RunnerFrame = NumberedFrame | Hello | DeltaFrame | OpenBlocks | WantTranscript
 RUNNER_FRAME: TypeAdapter[RunnerFrame] = TypeAdapter(Annotated[RunnerFrame, Field(discriminator="kind")])
@@ -201,6 +225,17 @@ class Interrupt(Frozen):
     id: str
     turn_id: str
     reason: StopReason
+
+
+class Answer(Frozen):
+    """What became of an interaction: what the call that waits for it is to do."""
+
+    kind: Literal["answer"] = "answer"
+    id: str
+    interaction_id: str
+    allow: bool
+    input: dict[str, Any] | None = Field(default=None, description="In place of what the tool would be called with.")
+    message: str = ""
 
 
 class SetModel(Frozen):
@@ -250,6 +285,6 @@ class Refused(Frozen):
     reason: str
 
 
-Command = Bind | StartTurn | Interrupt | SetModel | SetPermissionMode | Shutdown
+Command = Bind | StartTurn | Interrupt | Answer | SetModel | SetPermissionMode | Shutdown
 GatewayFrame = Command | Transcript | Ack | Refused
 GATEWAY_FRAME: TypeAdapter[GatewayFrame] = TypeAdapter(Annotated[GatewayFrame, Field(discriminator="kind")])

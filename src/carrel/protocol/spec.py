@@ -143,6 +143,12 @@ class SessionSpec(Options):
     permissions: PermissionRules | None = _applies(
         "launch", "Rules for calls of tools, in Claude Code's syntax; they hold in every mode, `deny` before all."
     )
+    ask_expires_seconds: float | None = _applies(
+        "launch",
+        "What asks a person is denied after so long; 0: at once, nobody is there to ask. Default: it waits for ever.",
+        ge=0,
+        le=315_360_000,
+    )
     mcp_servers: dict[str, McpServer] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
     agents: dict[str, AgentDefinition] | None = _applies("launch", "Sub-agents by name.")
     skills: list[str] | Literal["all"] | None = _applies("launch", "The skills to enable, or `all`.")

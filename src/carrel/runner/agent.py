@@ -23,13 +23,15 @@ from claude_agent_sdk.types import TERMINAL_TASK_STATUSES
 from pydantic_core import to_json
 
 from carrel.errors import AgentFailed, AgentStartFailed, DiskFull, SandboxLost, TurnTimedOut
-from carrel.model import Failure, PermissionMode, StopReason, TurnStatus, new_id, utc_now
+from carrel.model import Failure, InteractionKind, PermissionMode, StopReason, TurnStatus, new_id, utc_now
 from carrel.protocol import events
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.protocol.link import (
     Activity,
     AgentReady,
     AgentSession,
+    Answer,
+    Ask,
     Bind,
     EventFrame,
     Interrupt,
@@ -56,6 +58,10 @@ _NOBODY_TO_ASK = (
     "This session has nobody who can be asked for permission, so the call was denied. "
     "Go on without it, or say what you would have needed."
 )
+
+_ASKED_ABOUT = {"AskUserQuestion": InteractionKind.QUESTION, "ExitPlanMode": InteractionKind.PLAN}
+_HOLD_SECONDS = 10 * 365 * 86_400.0
+"""How long Claude Code waits for our hook: until somebody answers, or the interaction expires."""
 
 Send = Callable[[Callable[[int], NumberedFrame]], None]
 
@@ -99,6 +105,8 @@ class Agent:
         self._stderr: deque[str] = deque(maxlen=50)
         self._closing = False
         self._interrupting: asyncio.Task[None] | None = None
+        self._asked: dict[str, asyncio.Future[Answer]] = {}
+        self._hold_seconds: float | None = None
         self._mode = PermissionMode.DEFAULT
         self._rules = PermissionRules()
         self._place = Place(workspace=bootstrap.cwd, home=str(Path(bootstrap.config_dir).parent), cwd=bootstrap.cwd)
@@ -142,6 +150,7 @@ class Agent:
         """
         self._agent_session_id = bind.agent_session_id
         self._mode, self._rules = PermissionMode(bind.permission_mode), bind.spec.permission_rules()
+        self._hold_seconds = bind.spec.ask_expires_seconds
         go_on = bool(bind.resume_turn and bind.agent_session_id) and self._transcripts.holds(
             bind.agent_session_id or "", bind.resume_turn or ""
         )
@@ -216,7 +225,9 @@ class Agent:
             session_store_flush="eager",
             max_buffer_size=boot.max_frame_bytes,
             can_use_tool=_deny,
-            hooks={"PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool], on_failure="block")]},
+            hooks={
+                "PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool], timeout=_HOLD_SECONDS, on_failure="block")]
+            },
             stderr=self._take_stderr,
             **{name: value for name, value in options.items() if value is not None},
         )
@@ -265,6 +276,11 @@ class Agent:
     def _interrupt(self, reason: StopReason) -> None:
         assert self._running is not None
         self._running.interrupted = reason
+        for asked, waiting in self._asked.items():
+            if not waiting.done():
+                waiting.set_result(
+                    Answer(id=asked, interaction_id=asked, allow=False, message="The turn is being ended.")
+                )
         self._interrupting = asyncio.create_task(self._make_it_stop(self._running), name="agent-interrupt")
 
     async def _make_it_stop(self, running: _Running) -> None:
@@ -295,8 +311,48 @@ class Agent:
         if verdict is None or (verdict.decision is Decision.ALLOW and self._mode is PermissionMode.BYPASS):
             return {}
         if verdict.decision is Decision.ASK:
-            return _decided("deny", f"{_NOBODY_TO_ASK} ({_why(verdict)})")
+            return await self._ask(given, tool_use_id, _why(verdict))
         return _decided(verdict.decision.value, _why(verdict))
+
+    async def _ask(self, given: Any, tool_use_id: str | None, why: str) -> sdk.HookJSONOutput:
+        """Have a person decide, for however long that takes."""
+        if self._hold_seconds == 0:
+            return _decided("deny", f"{_NOBODY_TO_ASK} ({why})")
+        asked, tool, turn = new_id(), given["tool_name"], self.running_turn
+        about = _ASKED_ABOUT.get(tool, InteractionKind.PERMISSION)
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._asked[asked] = answered
+        self._send(
+            lambda n: Ask(
+                n=n,
+                interaction_id=asked,
+                turn_id=turn,
+                at=utc_now(),
+                about=about,
+                tool=tool,
+                tool_use_id=tool_use_id,
+                input=whole(given["tool_input"]),
+                reason=why,
+            )
+        )
+        try:
+            answer = await answered
+        finally:
+            self._asked.pop(asked, None)
+        if not answer.allow:
+            return _decided("deny", answer.message)
+        return _decided("allow", "A person has allowed this call.", updated_input=answer.input)
+
+    @property
+    def asked(self) -> list[str]:
+        """The ids of what it waits for people to answer."""
+        return list(self._asked)
+
+    def answer(self, command: Answer) -> None:
+        """Let the call that waits for this go on."""
+        waiting = self._asked.get(command.interaction_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(command)
 
     async def set_model(self, model: str | None) -> None:
         """Use another model from here on."""
@@ -556,12 +612,14 @@ async def _deny(tool: str, given: dict[str, Any], context: Any) -> sdk.Permissio
     return sdk.PermissionResultDeny(message=_NOBODY_TO_ASK)
 
 
-def _decided(decision: str, why: str) -> sdk.HookJSONOutput:
+def _decided(decision: str, why: str, *, updated_input: dict[str, Any] | None = None) -> sdk.HookJSONOutput:
     said: Any = {
         "hookEventName": "PreToolUse",
         "permissionDecision": decision,
         "permissionDecisionReason": why,
     }
+    if updated_input is not None:
+        said["updatedInput"] = updated_input
     return {"hookSpecificOutput": said}
 
 

@@ -17,6 +17,7 @@ from carrel.model import Failure
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.protocol.link import (
     AgentFailed,
+    Answer,
     Bind,
     Ended,
     GatewayFrame,
@@ -84,6 +85,7 @@ class Runner:
             "background_tasks": self._agent.background_tasks,
             "model": self._model,
             "permission_mode": self._permission_mode,
+            "pending_asks": self._agent.asked,
         }
 
     def _open_blocks(self) -> list[OpenBlock]:
@@ -141,6 +143,8 @@ class Runner:
             case StartTurn():
                 structlog.contextvars.bind_contextvars(turn_id=command.turn_id)
                 await self._agent.start(command)
+            case Answer():
+                self._agent.answer(command)
             case Interrupt():
                 await self._agent.interrupt(command)
             case SetModel():

@@ -21,7 +21,18 @@ from pydantic_core import to_json
 from carrel import abc
 from carrel.errors import StoreUnavailable
 from carrel.killpoints import reached
-from carrel.model import Failure, Sandbox, SandboxStatus, Session, SessionStatus, StopReason, TurnStatus, utc_now
+from carrel.model import (
+    Failure,
+    Interaction,
+    InteractionStatus,
+    Sandbox,
+    SandboxStatus,
+    Session,
+    SessionStatus,
+    StopReason,
+    TurnStatus,
+    utc_now,
+)
 from carrel.protocol.events import EVENT_TYPES
 from carrel.protocol.link import (
     PROTOCOL_VERSION,
@@ -31,6 +42,7 @@ from carrel.protocol.link import (
     AgentFailed,
     AgentReady,
     AgentSession,
+    Ask,
     DeltaFrame,
     Ended,
     EventFrame,
@@ -47,6 +59,7 @@ from carrel.protocol.link import (
     WantTranscript,
 )
 from carrel.sessions import transitions
+from carrel.sessions.asking import answer_frame, interaction_of
 from carrel.sessions.live import Live
 
 log = structlog.get_logger(__name__)
@@ -96,6 +109,7 @@ class Link:
         """The model and the permission mode that the agent was last told to use."""
         self.up_to_date = not hello.bound
         """Whether these are known to be what the session asks for: of one that is back, nobody knows at first."""
+        self.asks = hello.pending_asks
         self.interrupted_turn: str | None = None
         self.ended = False
         self.over = False
@@ -173,6 +187,7 @@ class Hub:
         self._by_session[link.session_id] = link
         if earlier is not None:
             await earlier.connection.close()
+        await self._answer_again(link)
         self.poke(link.session_id)
         try:
             await self._serve_frames(link)
@@ -186,6 +201,19 @@ class Hub:
             if self._by_session.get(link.session_id) is link:
                 del self._by_session[link.session_id]
             self.poke(link.session_id)
+
+    async def tell_answer(self, interaction: Interaction) -> None:
+        """Tell the runner that asked what became of it, if it is connected; if not, it asks when it is."""
+        link = self._by_session.get(interaction.session_id)
+        if link is not None:
+            await link.tell(answer_frame(interaction))
+
+    async def _answer_again(self, link: Link) -> None:
+        """What was resolved while the runner was not connected."""
+        for interaction_id in link.asks:
+            found = await self._store.read(lambda tx, i=interaction_id: tx.interactions.get(i))  # type: ignore[misc]
+            if found is not None and found.status is not InteractionStatus.PENDING:
+                await link.tell(answer_frame(found))
 
     async def _welcome(self, connection: LinkConnection) -> Link | None:
         try:
@@ -406,6 +434,9 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame, *, s
         case Activity():
             # A background task has begun or ended: idleness is counted from here.
             tx.sessions.update(session.id, **transitions.touch(session, utc_now()))
+        case Ask():
+            if sandbox.status is not SandboxStatus.ENDING:
+                transitions.ask(tx, session, interaction_of(session, frame))
         case TurnBegun():
             if sandbox.status is not SandboxStatus.ENDING and tx.turns.get(frame.turn_id) is None:
                 transitions.begin_agent_turn(tx, session, frame.turn_id, frame.at, sandbox.id)

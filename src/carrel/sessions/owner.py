@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from carrel.killpoints import reached
 from carrel.model import (
     GATEWAY_ONLY,
     Failure,
+    Interaction,
     NetworkPolicy,
     PermissionMode,
     Sandbox,
@@ -169,12 +170,12 @@ class Owner:
         if view.sandbox is not None and view.sandbox.status is SandboxStatus.ENDING:
             await self._end(view.sandbox, gracefully=True)
             return 0.0
-        if await self._expire(session, view.queued):
+        if await self._expire(session, view.queued) or await self._expire_asked(view.asked):
             return 0.0
         if session.expires_at is not None and session.expires_at <= utc_now() and _unused(view):
             await self._store.write(lambda tx: steps.mark_deleted(tx, session_id))
             return 0.0
-        return _sooner(await self._advance(session, view), view.queued)
+        return _sooner(await self._advance(session, view), [*view.queued, *view.asked])
 
     async def _advance(self, session: Session, view: steps.View) -> float | None:
         if session.reserved is not None and steps.spoilt(session, view.sandbox):
@@ -566,6 +567,14 @@ class Owner:
             await self._store.write(lambda tx: steps.expire(tx, session.id, [turn.id for turn in late]))
         return bool(late)
 
+    async def _expire_asked(self, asked: list[Interaction]) -> bool:
+        now = utc_now()
+        late = [each.id for each in asked if each.expires_at is not None and each.expires_at <= now]
+        expired = await self._store.write(lambda tx: steps.expire_asked(tx, late)) if late else []
+        for interaction in expired:
+            await self._hub.tell_answer(interaction)
+        return bool(late)
+
     async def _remove(self, session_id: str, view: steps.View) -> None:
         """The session is deleted: end its sandbox, remove its files, then its rows."""
         if not view.deleting:
@@ -605,7 +614,7 @@ def _unused(view: steps.View) -> bool:
     return view.live is None and not view.queued
 
 
-def _sooner(pause: float | None, queued: list[Turn]) -> float | None:
-    """The pause, or the time until the first queued turn expires where that is less."""
-    left = [(turn.expires_at - utc_now()).total_seconds() for turn in queued if turn.expires_at is not None]
+def _sooner(pause: float | None, waiting: Sequence[Turn | Interaction]) -> float | None:
+    """The pause, or the time until the first of these expires where that is less."""
+    left = [(each.expires_at - utc_now()).total_seconds() for each in waiting if each.expires_at is not None]
     return min([max(0.0, seconds) for seconds in left] + ([] if pause is None else [pause]), default=None)

@@ -9,6 +9,8 @@ from carrel import abc
 from carrel.errors import DiskFull, SandboxLost, SandboxOutOfMemory, SandboxOutOfProcesses
 from carrel.model import (
     Failure,
+    Interaction,
+    InteractionStatus,
     OnSandboxLost,
     Sandbox,
     SandboxStatus,
@@ -38,6 +40,8 @@ class View:
     sandbox: Sandbox | None
     live: Turn | None
     queued: list[Turn]
+    asked: list[Interaction]
+    """What the turn at work waits for."""
 
 
 def view(tx: abc.Transaction, session_id: str) -> View:
@@ -49,6 +53,7 @@ def view(tx: abc.Transaction, session_id: str) -> View:
         sandbox=tx.sandboxes.current(session_id),
         live=tx.turns.live(session_id),
         queued=list(tx.turns.queued(session_id)),
+        asked=list(tx.interactions.pending(session_id)) if _waits(session) else [],
     )
 
 
@@ -64,6 +69,10 @@ def discard(tx: abc.Transaction, session_id: str) -> bool:
         return False
     tx.sessions.mark_deleting(session_id)
     return True
+
+
+def _waits(session: Session | None) -> bool:
+    return session is not None and session.status is SessionStatus.WAITING
 
 
 def goes_on(turn: Turn) -> bool:
@@ -208,6 +217,12 @@ def fail_waiting(tx: abc.Transaction, session_id: str, failure: Failure, stop_re
         transitions.fail_turn(tx, session, turn, failure, stop_reason)
     error = {} if session.reserved is None else {"error": failure}
     tx.sessions.update(session_id, stop_reason=stop_reason, **error)
+
+
+def expire_asked(tx: abc.Transaction, interaction_ids: list[str]) -> list[Interaction]:
+    """Nobody has answered these in time. Those of them that were pending until now."""
+    found = [transitions.resolve(tx, each, InteractionStatus.EXPIRED) for each in interaction_ids]
+    return [each for each in found if each is not None]
 
 
 def expire(tx: abc.Transaction, session_id: str, turn_ids: list[str]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from carrel import abc
 from carrel.model import (
     Failure,
+    Interaction,
+    InteractionStatus,
     Session,
     SessionStatus,
     StopReason,
@@ -164,6 +166,7 @@ def complete_turn(
         duration_ms=duration,
         ended_at=now,
     )
+    _withdraw(tx, turn)
     emit(
         tx,
         session.id,
@@ -185,6 +188,68 @@ def complete_turn(
 def fail_turn(tx: abc.Transaction, session: Session, turn: Turn, error: Failure, stop_reason: StopReason) -> Turn:
     """End a turn as failed."""
     return complete_turn(tx, session, turn, TurnStatus.FAILED, stop_reason=stop_reason, error=error)
+
+
+def ask(tx: abc.Transaction, session: Session, interaction: Interaction) -> None:
+    """A person is asked: the turn, and with it the session, waits for the answer."""
+    turn = tx.turns.get(interaction.turn_id) if interaction.turn_id is not None else None
+    if turn is None or turn.status.ended or not tx.interactions.add(interaction):
+        return
+    emit(
+        tx,
+        session.id,
+        events.InteractionRequested(
+            interaction_id=interaction.id,
+            kind=interaction.kind,
+            tool=interaction.tool,
+            input=interaction.input,
+            title=interaction.reason,
+            expires_at=interaction.expires_at,
+        ),
+        turn_id=turn.id,
+    )
+    if turn.status is TurnStatus.RUNNING:
+        tx.turns.update(turn.id, status=TurnStatus.WAITING)
+    set_status(tx, session, SessionStatus.WAITING, stop_reason=StopReason.REQUIRES_ACTION)
+
+
+def resolve(
+    tx: abc.Transaction,
+    interaction_id: str,
+    status: InteractionStatus,
+    *,
+    answer: dict[str, Any] | None = None,
+    answered_by: str | None = None,
+) -> Interaction | None:
+    """What waited for a person no longer does; with the last one of a turn, the turn is at work again.
+
+    Answers None where it was not pending any more.
+    """
+    now = utc_now()
+    changes = {"status": status, "answer": answer, "answered_by": answered_by, "resolved_at": now}
+    resolved = tx.interactions.resolve(interaction_id, **changes)
+    if resolved is None:
+        return None
+    emit(
+        tx,
+        resolved.session_id,
+        events.InteractionResolved(interaction_id=resolved.id, status=status, answer=answer, answered_by=answered_by),
+        turn_id=resolved.turn_id,
+    )
+    session = tx.sessions.get(resolved.session_id)
+    turn = tx.turns.get(resolved.turn_id) if resolved.turn_id is not None else None
+    if session is None or turn is None or turn.status is not TurnStatus.WAITING or tx.interactions.pending(session.id):
+        return resolved
+    tx.turns.update(turn.id, status=TurnStatus.RUNNING)
+    set_status(tx, session, SessionStatus.RUNNING, **touch(session, now))
+    return resolved
+
+
+def _withdraw(tx: abc.Transaction, turn: Turn) -> None:
+    """Nobody needs an answer for a turn that has ended."""
+    for pending in tx.interactions.pending(turn.session_id):
+        if pending.turn_id == turn.id:
+            resolve(tx, pending.id, InteractionStatus.WITHDRAWN)
 
 
 def _check(turn: Turn, status: TurnStatus) -> None:

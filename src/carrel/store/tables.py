@@ -349,6 +349,30 @@ artifacts = sa.Table(
     sa.Index("ix_artifacts_session_id_id", "session_id", "id"),
 )
 
+interactions = sa.Table(
+    "interactions",
+    metadata,
+    _id(primary_key=True),
+    _of_session(nullable=False),
+    sa.Column("owner", sa.String(128), nullable=False),
+    _id("turn_id", nullable=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("tool", sa.String(255), nullable=False),
+    sa.Column("tool_use_id", sa.String(128), nullable=True),
+    sa.Column("input", sa.JSON, nullable=False),
+    sa.Column("input_digest", sa.String(64), nullable=False),
+    sa.Column("reason", sa.Text, nullable=True),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("answer", sa.JSON(none_as_null=True), nullable=True),
+    sa.Column("answered_by", sa.String(255), nullable=True),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("expires_at", Moment, nullable=True),
+    sa.Column("resolved_at", Moment, nullable=True),
+    sa.Index("ix_interactions_session_id_id", "session_id", "id"),
+    sa.Index("ix_interactions_owner_status_id", "owner", "status", "id"),
+    sa.Index("ix_interactions_status_id", "status", "id"),
+)
+
 doomed_objects = sa.Table("doomed_objects", metadata, sa.Column("prefix", sa.String(255), primary_key=True))
 
 # PostgreSQL: which of its transactions each connection has committed last, for when a commit's answer is lost.

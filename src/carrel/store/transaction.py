@@ -23,6 +23,7 @@ class SqlTransaction(abc.Transaction):
         self.log = rows.SqlEvents(connection)
         self.events = self.log
         self.transcripts = rows.SqlTranscripts(connection)
+        self.interactions = rows.SqlInteractions(connection)
         self.sandboxes = rows.SqlSandboxes(connection)
         self.usage = rows.SqlUsage(connection)
         self.idempotency = rows.SqlIdempotency(connection)

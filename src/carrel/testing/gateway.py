@@ -19,6 +19,7 @@ from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
 from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
+from carrel.sessions.interactions import Interactions
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
@@ -129,6 +130,7 @@ class FakeGateway:
             options=service_options,
             pool=self.pool,
         )
+        self.interactions = Interactions(self.store, self.hub)
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
         self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)

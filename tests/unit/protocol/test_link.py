@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from carrel.model import Failure, Frozen, StopReason, TurnStatus
+from carrel.model import Failure, Frozen, InteractionKind, StopReason, TurnStatus
 from carrel.protocol import events, link
 from carrel.protocol.link import GATEWAY_FRAME, RUNNER_FRAME
 from carrel.protocol.spec import SessionSpec
@@ -31,6 +31,10 @@ FROM_RUNNER: list[Any] = [
     ),
     link.Activity(n=8, background_tasks=1),
     link.Ended(n=9),
+    link.Ask(
+        n=10, interaction_id="i", turn_id="t1", at=AT, about=InteractionKind.PERMISSION, tool="Bash", tool_use_id="u",
+        input={"command": "ls"}, reason="r",
+    ),
     link.DeltaFrame(delta="text", turn_id="t1", message_id="m", block=1, offset=3, text="x", parent_tool_use_id="p"),
     link.OpenBlocks(blocks=[link.OpenBlock(turn_id="t1", kind="text", message_id="m", block=0, text="so far")]),
     link.WantTranscript(),
@@ -44,6 +48,7 @@ FROM_GATEWAY: list[Any] = [
     link.StartTurn(id="2", turn_id="t1", content=[{"type": "text", "text": "hi"}], max_turns=3, model="m"),
     link.Interrupt(id="3", turn_id="t1", reason=StopReason.TIMEOUT),
     link.SetModel(id="4", model=None),
+    link.Answer(id="7", interaction_id="i", allow=True, input={"command": "ls"}, message="m"),
     link.SetPermissionMode(id="5", mode="plan"),
     link.Transcript(subpath="x", lines=["{}"], last=True),
     link.Ack(n=9),

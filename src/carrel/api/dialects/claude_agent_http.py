@@ -275,7 +275,9 @@ def _spec(body: CreateRequest, options: DialectOptions) -> CreateSession:
     spec = {name: value for name, value in old.items() if name not in options.chosen}
     if not options.allow_bypass:
         spec.pop("permission_mode", None)
-    return CreateSession(**spec, workspace=Workspace(type="user", subdir=body.subdir), metadata=body.metadata)
+    return CreateSession(
+        **spec, ask_expires_seconds=0, workspace=Workspace(type="user", subdir=body.subdir), metadata=body.metadata
+    )
 
 
 def _shown(session: Session, options: DialectOptions) -> SessionResponse:

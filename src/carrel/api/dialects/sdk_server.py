@@ -47,7 +47,8 @@ class _Choices(BaseModel):
     def session(self, **more: Any) -> CreateSession:
         """The session that is asked for."""
         asked = self.model_dump(include={"model", "allowed_tools", "permission_mode", "max_turns"}, exclude_none=True)
-        return CreateSession(**asked, **more)
+        # Its clients have no way to answer.
+        return CreateSession(**asked, ask_expires_seconds=0, **more)
 
 
 class QueryRequest(_Choices):

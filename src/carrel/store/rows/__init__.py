@@ -4,6 +4,7 @@ from carrel.store.rows.audit import SqlAudit
 from carrel.store.rows.counts import SqlCounts
 from carrel.store.rows.events import SqlEvents
 from carrel.store.rows.idempotency import SqlIdempotency
+from carrel.store.rows.interactions import SqlInteractions
 from carrel.store.rows.network import SqlNetwork
 from carrel.store.rows.people import SqlKeys, SqlTickets, SqlUsers
 from carrel.store.rows.pools import SqlPools
@@ -21,6 +22,7 @@ __all__ = [
     "SqlDoomed",
     "SqlEvents",
     "SqlIdempotency",
+    "SqlInteractions",
     "SqlKeys",
     "SqlNetwork",
     "SqlPools",

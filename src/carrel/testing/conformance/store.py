@@ -24,6 +24,9 @@ from carrel.model import (
     Artifact,
     Budget,
     Failure,
+    Interaction,
+    InteractionKind,
+    InteractionStatus,
     NamedWorkspace,
     Principal,
     Restoring,
@@ -100,6 +103,25 @@ def new_turn(session: Session, number: int, status: TurnStatus = TurnStatus.QUEU
         "created_at": NOW,
     }
     return Turn(**values | changes)
+
+
+def new_interaction(session: Session, **changes: Any) -> Interaction:
+    """Something of a session that waits for a person."""
+    values: dict[str, Any] = {
+        "id": new_id(),
+        "session_id": session.id,
+        "owner": session.owner,
+        "turn_id": new_id(),
+        "kind": InteractionKind.PERMISSION,
+        "tool": "Bash",
+        "tool_use_id": "toolu_1",
+        "input": {"command": "ls", "nothing": None},
+        "input_digest": "0" * 64,
+        "reason": "no rule allows it",
+        "created_at": NOW,
+        "expires_at": NOW,
+    }
+    return Interaction(**values | changes)
 
 
 def new_sandbox(session: Session, generation: int, status: SandboxStatus, **changes: Any) -> Sandbox:
@@ -1035,6 +1057,46 @@ async def what_limits_count_is_counted(open_store: OpenStore) -> None:
         must_equal(await store.read(lambda tx: tx.counts.sessions("nobody")), 0, "of nobody")
         must_equal(await store.read(lambda tx: tx.counts.busy()), 2, "at work, or starting for it")
         must_equal(await store.read(lambda tx: tx.counts.queued_turns()), 3, "turns that wait")
+
+
+@_check
+async def what_waits_for_a_person_is_resolved_once(open_store: OpenStore) -> None:
+    """An interaction is found by session, owner and status, and of two ends it comes to the first."""
+    async with open_store(ignore) as store:
+        session, other = await add_session(store), await add_session(store, owner="bob")
+        made = [new_interaction(session), new_interaction(session), new_interaction(other)]
+
+        def add(tx: abc.Transaction) -> None:
+            for interaction in made:
+                must(tx.interactions.add(interaction), "it is stored")
+                must(not tx.interactions.add(interaction), "once")
+
+        def listed(**which: Any) -> Callable[[abc.Transaction], list[Interaction]]:
+            wanted = abc.InteractionFilter(**which)
+            return lambda tx: list(tx.interactions.page(wanted, cursor=None, limit=9).items)
+
+        await store.write(add)
+        must_equal(await store.read(lambda tx: tx.interactions.get(made[0].id)), made[0], "it is found")
+        must(await store.read(lambda tx: tx.interactions.get("nobody's")) is None, "another is not")
+        must_equal(await store.read(listed()), made, "all, oldest first")
+        must_equal(await store.read(listed(owner="bob")), made[2:], "of an owner")
+        must_equal(await store.read(listed(session_id=session.id)), made[:2], "of a session")
+        must_equal(await store.read(lambda tx: list(tx.interactions.pending(session.id))), made[:2], "both wait")
+        end = {"status": InteractionStatus.ANSWERED, "answer": {"decision": "allow"}, "answered_by": "key:1"}
+        resolved = await store.write(lambda tx: tx.interactions.resolve(made[0].id, **end, resolved_at=NOW))
+        must_equal(resolved, made[0].model_copy(update={**end, "resolved_at": NOW}), "it is answered")
+        late = {"status": InteractionStatus.EXPIRED, "resolved_at": NOW}
+        must(await store.write(lambda tx: tx.interactions.resolve(made[0].id, **late)) is None, "and stays so")
+        must_equal(await store.read(lambda tx: list(tx.interactions.pending(session.id))), made[1:2], "one waits")
+        must_equal(await store.read(listed(status=InteractionStatus.ANSWERED)), [resolved], "of a status")
+        first = await store.read(lambda tx: tx.interactions.page(abc.InteractionFilter(), cursor=None, limit=2))
+        rest = await store.read(
+            lambda tx: tx.interactions.page(abc.InteractionFilter(), cursor=first.next_cursor, limit=2)
+        )
+        must_equal([each.id for each in [*first.items, *rest.items]], [each.id for each in made], "page by page")
+        must(rest.next_cursor is None, "the last page says so")
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must_equal(await store.read(listed()), made[2:], "it goes with its session")
 
 
 @_check
