@@ -18,7 +18,17 @@ from carrel.errors import SnapshotTooLarge
 from carrel.workspaces.descriptors import AGENTS_DOING, RefusedError, open_regular
 from carrel.workspaces.manifests import Entry
 from carrel.workspaces.paths import unspell
-from carrel.workspaces.scanning import ContentHash, Ignored, Scan, Tree, Visit, extents_of, of_file, walk
+from carrel.workspaces.scanning import (
+    ContentHash,
+    Ignored,
+    Scan,
+    Tree,
+    Visit,
+    extents_of,
+    of_file,
+    sha256_of_open,
+    walk,
+)
 
 __all__ = ["FRAME_BYTES", "Saving"]
 
@@ -116,7 +126,12 @@ class Saving:
         for _ in range(_ATTEMPTS):
             data = _read(fd, 0, found.st_size)
             after = os.fstat(fd)
-            settled = _unchanged(found, after) and len(data) == found.st_size
+            # The clock of files stands still for a moment, so of what has just changed one look is not enough.
+            settled = (
+                _unchanged(found, after)
+                and len(data) == found.st_size
+                and (entry.ctime_ns != 0 or _read(fd, 0, found.st_size) == data)
+            )
             if settled or after.st_size > _WHOLE_UP_TO:
                 break
             found = after
@@ -137,7 +152,12 @@ class Saving:
                     content.add(at, data)
                     yield data
 
-        yield from self._member(entry, pieces(), content, lambda: _unchanged(found, os.fstat(fd)))
+        def settled() -> bool:
+            if entry.ctime_ns == 0 and sha256_of_open(fd, entry) != content.hexdigest():
+                return False
+            return _unchanged(found, os.fstat(fd))
+
+        yield from self._member(entry, pieces(), content, settled)
 
     def _member(
         self, entry: Entry, pieces: Iterable[bytes], content: ContentHash, settled: Callable[[], bool]

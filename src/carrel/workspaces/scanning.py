@@ -31,6 +31,7 @@ __all__ = [
     "look",
     "of_file",
     "sha256_of",
+    "sha256_of_open",
     "walk",
 ]
 
@@ -286,16 +287,23 @@ def sha256_of(tree: Tree, entry: Entry, like: Entry, most_extents: int) -> str:
     except (FileNotFound, PathConflict, RefusedError):
         return ""
     try:
-        content = ContentHash(like.sparse)
-        found = os.fstat(fd)
-        extents = extents_of(fd, found, most_extents) if like.sparse else None
-        pieces = ((0, found.st_size),) if extents is None else extents
-        for start, length in pieces:
-            for at in range(start, start + length, _COPY_BYTES):
-                content.add(at, os.pread(fd, min(_COPY_BYTES, start + length - at), at))
-        return content.hexdigest()
+        now = entry
+        if like.sparse:
+            found = os.fstat(fd)
+            extents = extents_of(fd, found, most_extents)
+            now = replace(entry, extents=((0, found.st_size),) if extents is None else extents)
+        return sha256_of_open(fd, now)
     finally:
         os.close(fd)
+
+
+def sha256_of_open(fd: int, entry: Entry) -> str:
+    """The hash of the pieces of an open file that the entry names."""
+    content = ContentHash(entry.sparse)
+    for start, length in entry.pieces:
+        for at in range(start, start + length, _COPY_BYTES):
+            content.add(at, os.pread(fd, min(_COPY_BYTES, start + length - at), at))
+    return content.hexdigest()
 
 
 def hashed(trees: Mapping[str, Tree], seen: Scan, earlier: Mapping[str, Entry], most_extents: int) -> Scan:
