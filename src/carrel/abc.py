@@ -3,6 +3,7 @@
     Runtime            where agents run: local processes, containers, pods
     EventBus           who hears of a frame, now; the store is the truth, the bus a hint
     Store              rows, in transactions; one `Transaction` with a role per table family
+    ObjectStore        large things that are written once: snapshots, artifacts
     CredentialSource   the real key of the model, for the model gateway alone
     Observer           told of what happens, for metrics and traces; never asked
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -60,6 +61,8 @@ __all__ = [
     "LaunchSpec",
     "NetworkRequest",
     "NetworkRows",
+    "ObjectInfo",
+    "ObjectStore",
     "Observer",
     "Page",
     "PoolRows",
@@ -937,6 +940,74 @@ class Store(ABC):
                 return answer
             except StoreUnavailable:
                 await asyncio.sleep(_STORE_AWAY_SECONDS)
+
+
+# ----------------------------------------------------------------------------------------------------------- objects
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectInfo:
+    """What is known of one object."""
+
+    key: str
+    size: int
+    """Bytes of its content, whatever it takes in the store."""
+    stored_at: datetime
+    sha256: str | None = None
+    """Of its content, in hexadecimal; None in a listing."""
+
+
+class ObjectStore(ABC):
+    """Keeps large things that are written once and read rarely.
+
+    A key is components of `[A-Za-z0-9._-]`, joined by `/`, none of them beginning with a dot; no key is the beginning
+    of another one's folders. Other keys raise ValueError. What is read is what was stored, or an error: content carries
+    its SHA-256, and each part that is read is checked. Every method may be called at the same time as any other.
+
+    Every method raises `ObjectStoreUnavailable` where the store does not answer as it should, within a bounded time;
+    all may then be repeated.
+    """
+
+    @abstractmethod
+    async def start(self, exit_stack: AsyncExitStack) -> None:
+        """Make ready; called once, before anything else. Closing is registered with `exit_stack`.
+
+        A store that is away is no reason to fail.
+
+        Raises:
+            OperatorError: what it is told can never work; the message says what to do.
+        """
+
+    @abstractmethod
+    async def put(self, key: str, chunks: AsyncIterable[bytes]) -> ObjectInfo:
+        """Store an object whole; nobody ever sees a part of it. What was there under the key is replaced.
+
+        What `chunks` raises is passed on, and then nothing is changed. No more of it is held than a few parts.
+        """
+
+    @abstractmethod
+    def get(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """The content from byte `start` up to `end`, or what there is of that, in pieces.
+
+        What was given before an error is true. The end of the whole is given only if the checksum of the whole holds.
+
+        Raises:
+            ObjectNotFound: there is none.
+            ObjectDamaged: it is not what was stored.
+            ObjectKeyMissing: it is encrypted, and not with a key that is set.
+        """
+
+    @abstractmethod
+    async def stat(self, key: str) -> ObjectInfo:
+        """What is known of an object. Raises as `get` does."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """Every object in the folder `prefix`, however deep, in no order; the empty prefix lists all."""
+
+    @abstractmethod
+    async def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
 
 
 # ------------------------------------------------------------------------------------------------------- credentials

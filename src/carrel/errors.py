@@ -5,6 +5,7 @@
     │   ├── InvalidPath                 400
     │   ├── InvalidCursor               400
     │   ├── WorkspaceMissing            400
+    │   ├── ArchiveInvalid              400
     │   └── ValidationFailed            422
     │       └── IdempotencyMismatch     422
     ├── AuthenticationRequired          401
@@ -23,6 +24,7 @@
     │   ├── ArtifactNotFound            404
     │   ├── UserNotFound                404
     │   ├── KeyNotFound                 404
+    │   ├── ObjectNotFound              404
     │   └── RouteNotFound               404
     ├── MethodNotAllowed                405
     ├── Conflict                        409
@@ -44,16 +46,22 @@
     │   ├── SnapshotMissing             409
     │   └── FilesShared                 409
     ├── FileTooLarge                    413
+    ├── ArchiveTooLarge                 413
+    ├── SnapshotTooLarge                413
     ├── TooMany                         429
     │   ├── QueueFull                   429
     │   ├── SessionBusy                 429
     │   ├── SessionLimitReached         429
     │   └── RateLimited                 429
+    ├── ObjectUnreadable                (it is there, and is not given out)
+    │   ├── ObjectDamaged
+    │   └── ObjectKeyMissing
     ├── Unavailable                     503
     │   ├── Draining                    503
     │   ├── StoreUnavailable            503
     │   │   ├── StoreFull               503
     │   │   └── StoreOutcomeUnknown     503
+    │   ├── ObjectStoreUnavailable      503
     │   ├── OutOfMemory                 503
     │   ├── UpstreamUnreachable         503
     │   └── MissingCredential           503
@@ -153,6 +161,14 @@ class WorkspaceMissing(InvalidRequest):
     """The user's directory is not there, and this server does not make any; the operator makes it."""
 
 
+class ArchiveInvalid(InvalidRequest):
+    """The archive is damaged, or holds what may not be unpacked."""
+
+    def __init__(self, reason: str, *, member: str | None = None) -> None:
+        where = "" if member is None else f" at {member!r}"
+        super().__init__(f"The archive cannot be unpacked{where}: {reason}.", member=member)
+
+
 class ValidationFailed(InvalidRequest):
     """A field of the request has a wrong value."""
 
@@ -237,6 +253,10 @@ class UserNotFound(NotFound):
 
 class KeyNotFound(NotFound):
     """There is no API key with this id."""
+
+
+class ObjectNotFound(NotFound):
+    """There is no such object in the object store."""
 
 
 class RouteNotFound(NotFound):
@@ -341,6 +361,24 @@ class FileTooLarge(CarrelError):
         super().__init__(f"The body is larger than the limit of {max_bytes} bytes.", max_bytes=max_bytes)
 
 
+class ArchiveTooLarge(CarrelError):
+    """The archive holds more than may be unpacked."""
+
+    http_status = 413
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"The archive holds more than may be unpacked: over {limit} {what}.", limit=limit)
+
+
+class SnapshotTooLarge(CarrelError):
+    """There are more files, or larger ones, than a snapshot may hold."""
+
+    http_status = 413
+
+    def __init__(self, what: str, limit: int) -> None:
+        super().__init__(f"The files are more than a snapshot may hold: over {limit} {what}.", limit=limit)
+
+
 class TooMany(CarrelError):
     """Too many requests; try again later."""
 
@@ -376,6 +414,18 @@ class SessionLimitReached(TooMany):
 
 class RateLimited(TooMany):
     """Too many requests in a short time; wait as long as Retry-After says."""
+
+
+class ObjectUnreadable(CarrelError):
+    """What is stored under this name in the object store cannot be used."""
+
+
+class ObjectDamaged(ObjectUnreadable):
+    """What the object store gave back is not what was stored; restore it from a backup of the store."""
+
+
+class ObjectKeyMissing(ObjectUnreadable):
+    """The object cannot be opened with the encryption keys that are set."""
 
 
 class Unavailable(CarrelError):
@@ -416,6 +466,13 @@ Look before you send it again, or send it with the same Idempotency-Key."""
         """
         super().__init__(operator_detail=operator_detail)
         self.outcome = outcome
+
+
+class ObjectStoreUnavailable(Unavailable):
+    """The object store does not answer as it should just now; try again later."""
+
+    def __init__(self, *, operator_detail: str | None = None) -> None:
+        super().__init__(operator_detail=operator_detail, retry_after_seconds=30)
 
 
 class OutOfMemory(Unavailable):

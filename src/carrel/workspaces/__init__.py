@@ -1,6 +1,21 @@
-"""The files of sessions: reaching, copying and removing them safely while an agent is at work in the same folder."""
+"""The files of sessions: reaching, copying and removing them safely while an agent is at work in the same folder; snapshots."""
 
 from carrel.workspaces.files import FileEntry, FileType, WorkspaceFiles
 from carrel.workspaces.folders import Folders
+from carrel.workspaces.manifests import Change, Manifest
+from carrel.workspaces.scanning import HOME_PARTS, Tree
+from carrel.workspaces.snapshots import Restored, Saved, Snapshots
 
-__all__ = ["FileEntry", "FileType", "Folders", "WorkspaceFiles"]
+__all__ = [
+    "HOME_PARTS",
+    "Change",
+    "FileEntry",
+    "FileType",
+    "Folders",
+    "Manifest",
+    "Restored",
+    "Saved",
+    "Snapshots",
+    "Tree",
+    "WorkspaceFiles",
+]

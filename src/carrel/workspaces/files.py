@@ -8,20 +8,15 @@ checked by name and then used by name where the difference could lead out; what 
 The workspace's root, and every folder above it, must be out of the agent's reach (inside its sandbox the root is a
 mount, which cannot be renamed).
 
-**Spelling of paths.** Relative, components joined by `/`, no `.`, `..` or empty component. Linux file names are
-bytes: a name that is valid UTF-8 is spelled as it is, and any other byte as `\\xHH` with upper-case digits
-(`caf\\xE9`). Where a name holds such a sequence literally, its backslash is spelled `\\x5C`; every other backslash
-stands for itself. So each file has exactly one spelling, and another one for the same bytes is refused.
+How paths are spelled stands in `paths.py`; how one moves about in such a folder in `descriptors.py`.
 """
 
 import contextlib
 import errno
 import heapq
 import os
-import re
 import secrets
 import stat
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,31 +24,30 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from carrel import errors
+from carrel.workspaces.descriptors import (
+    AGENTS_DOING,
+    CREATE,
+    DIRECTORY,
+    NOT_A_DIRECTORY,
+    Cursor,
+    Owner,
+    RefusedError,
+    hand_over,
+    is_link,
+    left_to_the_agent,
+    lstat,
+    open_regular,
+    remove_tree,
+    scan,
+    translated,
+)
+from carrel.workspaces.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_PATH_DEPTH, length, parse, parse_new, spell
 
-__all__ = ["MAX_NAME_BYTES", "MAX_PATH_BYTES", "MAX_PATH_DEPTH", "FileEntry", "FileType", "WorkspaceFiles"]
+__all__ = ["FileEntry", "FileType", "WorkspaceFiles"]
 
 FileType = Literal["file", "directory", "symlink", "other"]
-Owner = tuple[int, int]
-
-MAX_NAME_BYTES = 255
-MAX_PATH_BYTES = 4096
-MAX_PATH_DEPTH = 128
 
 _COPY_BYTES = 1 << 20
-_OPEN_ATTEMPTS = 8
-_EMPTYING_ATTEMPTS = 100
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO without a writer, or a lease the agent holds on its file, must not hold up our thread.
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOT_A_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
-# What an agent can bring about for one entry. Anything else (too many open files, a broken disk) is no reason to
-# leave an entry out.
-_AGENTS_DOING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EAGAIN, *_NOT_A_DIRECTORY)
-
-_ESCAPE = re.compile(r"\\x(5C|[89A-F][0-9A-F])")
-_NEEDS_ESCAPE = re.compile(r"\\(?=x(?:5C|[89A-F][0-9A-F]))|[\udc80-\udcff]")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -96,12 +90,12 @@ class WorkspaceFiles:
 
         Raises `PathConflict` where `path` is not a directory.
         """
-        names = _parse(path)
+        names = parse(path)
         entries: list[FileEntry] = []
         if limit <= 0:
             return entries
-        with self._opened(names, path) as directory, _translated(path), _Cursor(directory) as cursor:
-            levels = [_Level("".join(_spell(name) + "/" for name in names), len(names))]
+        with self.opened(names, path) as directory, translated(path), Cursor(directory) as cursor:
+            levels = [_Level("".join(spell(name) + "/" for name in names), len(names))]
             levels[-1].read(cursor.fd, after, limit, recursive)
             while levels and len(entries) < limit:
                 level = levels[-1]
@@ -111,9 +105,9 @@ class WorkspaceFiles:
                     if levels:
                         cursor.leave()
                     continue
-                with _left_to_the_agent():
+                with left_to_the_agent():
                     if not step.descend:
-                        entries.append(_entry(level.prefix + step.key, _lstat(step.name, cursor.fd)))
+                        entries.append(_entry(level.prefix + step.key, lstat(step.name, cursor.fd)))
                         continue
                     cursor.enter(step.name)
                     levels.append(_Level(level.prefix + step.key, level.depth + 1))
@@ -122,9 +116,9 @@ class WorkspaceFiles:
 
     def stat(self, path: str) -> FileEntry:
         """Tells what `path` is, a symbolic link being itself; the empty path is the workspace's root."""
-        names = _parse(path)
-        with self._opened(names[:-1], path) as directory, _translated(path):
-            return _entry(path, _lstat(names[-1], directory) if names else os.fstat(directory))
+        names = parse(path)
+        with self.opened(names[:-1], path) as directory, translated(path):
+            return _entry(path, lstat(names[-1], directory) if names else os.fstat(directory))
 
     def open_read(self, path: str) -> BinaryIO:
         """Opens a regular file for reading; the caller closes it.
@@ -135,18 +129,18 @@ class WorkspaceFiles:
         Raises `NotAFile` for anything but a regular file, which includes a symbolic link; and, where this process is
         root, for a hard link to a file that is not the owner's, since its other name may be outside of the workspace.
         """
-        names = _parse(path)
+        names = parse(path)
         if not names:
             raise errors.NotAFile(path)
-        with self._opened(names[:-1], path) as directory, _translated(path):
-            return os.fdopen(_open_regular(directory, names[-1], self._linkable_uid()), "rb")
+        with self.opened(names[:-1], path) as directory, translated(path):
+            return os.fdopen(open_regular(directory, names[-1], self.linkable_uid()), "rb")
 
     def make(self) -> None:
         """Makes the root, with what is missing above it, and gives all that is in it to the owner if it is not theirs.
 
         Call it while no agent of the owner's is at work for the first time.
         """
-        with self._opened((), "", create=True) as directory, _translated(""):
+        with self.opened((), "", create=True) as directory, translated(""):
             if self._owner is None or os.geteuid() != 0 or os.fstat(directory).st_uid == self._owner[0]:
                 return
             for _, directories, files, fd in os.fwalk(".", dir_fd=directory, follow_symlinks=False):
@@ -165,18 +159,18 @@ class WorkspaceFiles:
         Raises `InvalidPath` for a name with control characters or bytes that are not UTF-8, `PathConflict` where
         something other than a regular file has the name, `FileTooLarge` where `chunks` is over `max_bytes`.
         """
-        names = _parse_new(path)
-        with self._opened(names[:-1], path, create=True) as directory:
-            with _translated(path):
+        names = parse_new(path)
+        with self.opened(names[:-1], path, create=True) as directory:
+            with translated(path):
                 mode = _mode_of_replaced(directory, names[-1], path, mode)
                 temporary = b".carrel-%s.tmp" % secrets.token_hex(8).encode()
                 # Ours alone until it is complete: the agent may remove it, but not change what is being written.
-                out = os.fdopen(os.open(temporary, _CREATE, 0o600, dir_fd=directory), "wb")
+                out = os.fdopen(os.open(temporary, CREATE, 0o600, dir_fd=directory), "wb")
             try:
                 with out:
                     _pump(chunks, out, max_bytes)
-                    with _translated(path):
-                        _hand_over(out.fileno(), mode, self._owner)
+                    with translated(path):
+                        hand_over(out.fileno(), mode, self._owner)
                         os.rename(temporary, names[-1], src_dir_fd=directory, dst_dir_fd=directory)
                         return _entry(path, os.fstat(out.fileno()))
             except BaseException:
@@ -187,10 +181,10 @@ class WorkspaceFiles:
     def size(self) -> int:
         """How many bytes the files take: what they hold, less the holes in them."""
         total = 0
-        with self._opened((), "") as root:
+        with self.opened((), "") as root:
             for _, _, files, fd in os.fwalk(".", dir_fd=root, follow_symlinks=False):
                 for name in files:
-                    with _left_to_the_agent():
+                    with left_to_the_agent():
                         found = os.stat(name, dir_fd=fd, follow_symlinks=False)
                         total += min(found.st_size, found.st_blocks * 512)
         return total
@@ -201,12 +195,12 @@ class WorkspaceFiles:
         Raises `InvalidPath` for the workspace's root, and `PathConflict` where a directory could not be emptied.
         It may then be half empty; the call can be repeated.
         """
-        names = _parse(path)
+        names = parse(path)
         if not names:
             raise errors.InvalidPath(path, "the workspace itself cannot be deleted as a file")
-        with self._opened(names[:-1], path) as directory, _translated(path):
-            if stat.S_ISDIR(_lstat(names[-1], directory).st_mode):
-                _remove_tree(directory, names[-1])
+        with self.opened(names[:-1], path) as directory, translated(path):
+            if stat.S_ISDIR(lstat(names[-1], directory).st_mode):
+                remove_tree(directory, names[-1])
             else:
                 os.unlink(names[-1], dir_fd=directory)
 
@@ -221,33 +215,37 @@ class WorkspaceFiles:
         Returns how many entries were left out. Raises `PathConflict` where `target` exists, `FileTooLarge` where
         there is more to copy than `max_bytes` of content; after any failure nothing is left at `target`.
         """
-        with self._opened((), "") as source:
+        with self.opened((), "") as source:
             try:
                 os.mkdir(target, 0o700)
             except FileExistsError:
                 raise errors.PathConflict("", "the place to copy to already exists") from None
             parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                copy = os.open(target, _DIRECTORY)
+                copy = os.open(target, DIRECTORY)
                 try:
-                    with _translated(""), _Copy(source, copy, owner or self._owner, max_bytes) as under_way:
-                        return under_way.run(self._linkable_uid())
+                    with translated(""), _Copy(source, copy, owner or self._owner, max_bytes) as under_way:
+                        return under_way.run(self.linkable_uid())
                 finally:
                     os.close(copy)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    _remove_tree(parent, os.fsencode(target.name))
+                    remove_tree(parent, os.fsencode(target.name))
                 raise
             finally:
                 os.close(parent)
 
     @contextlib.contextmanager
-    def _opened(self, names: tuple[bytes, ...], path: str, *, create: bool = False) -> Iterator[int]:
-        with _translated(path):
-            fd = os.open(self._within, _DIRECTORY)
+    def opened(self, names: tuple[bytes, ...], path: str, *, create: bool = False) -> Iterator[int]:
+        """A descriptor of the directory at `names`; `path` is how an error spells it. For this package's modules.
+
+        With `create` what is missing on the way is made and given to the owner.
+        """
+        with translated(path):
+            fd = os.open(self._within, DIRECTORY)
         try:
             for name in self._way + names:
-                with _translated(path):
+                with translated(path):
                     child = self._open_child(fd, name, path, create=create)
                 os.close(fd)
                 fd = child
@@ -262,86 +260,30 @@ class WorkspaceFiles:
                 os.mkdir(name, 0o700, dir_fd=directory)
                 made = True
         try:
-            child = os.open(name, _DIRECTORY, dir_fd=directory)
+            child = os.open(name, DIRECTORY, dir_fd=directory)
         except OSError as error:
-            if error.errno not in _NOT_A_DIRECTORY:
+            if error.errno not in NOT_A_DIRECTORY:
                 raise
-            if _is_link(name, directory):
-                raise errors.PathConflict(path, f"{_spell(name)} is a symbolic link, and none is followed") from None
-            raise errors.PathConflict(path, f"{_spell(name)} is not a directory") from None
+            if is_link(name, directory):
+                raise errors.PathConflict(path, f"{spell(name)} is a symbolic link, and none is followed") from None
+            raise errors.PathConflict(path, f"{spell(name)} is not a directory") from None
         # The agent may have put a directory of its own in the place of ours: that one keeps its owner and mode.
         if made and os.fstat(child).st_uid == os.geteuid():
             try:
-                _hand_over(child, 0o755, self._owner)
+                hand_over(child, 0o755, self._owner)
             except BaseException:
                 os.close(child)
                 raise
         return child
 
-    def _linkable_uid(self) -> int | None:
+    @property
+    def owner(self) -> Owner | None:
+        """Whom new files are given to, where this process is root."""
+        return self._owner
+
+    def linkable_uid(self) -> int | None:
         """Whose files may have other names, or None for everyone's."""
         return self._owner[0] if self._owner and os.geteuid() == 0 else None
-
-
-class _RefusedError(Exception):
-    """The entry is not a regular file that may be read."""
-
-
-class _Cursor:
-    """A directory held open that moves down by name and up by `..`, with two descriptors however deep it is.
-
-    Going up arrives where it came from or fails: it compares what it opened with what it had left. Trees as deep as
-    an agent can make them need neither recursion nor a descriptor for each level.
-    """
-
-    def __init__(self, directory: int) -> None:
-        self._base = os.dup(directory)
-        try:
-            self.fd = os.dup(directory)
-        except BaseException:
-            os.close(self._base)
-            raise
-        self._way: list[tuple[tuple[int, int], bytes]] = []
-
-    def __enter__(self) -> "_Cursor":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        os.close(self.fd)
-        os.close(self._base)
-
-    def enter(self, name: bytes) -> None:
-        """Goes into a subdirectory; on an `OSError` it stays where it is."""
-        child = os.open(name, _DIRECTORY, dir_fd=self.fd)
-        self._way.append((_identity(os.fstat(self.fd)), name))
-        os.close(self.fd)
-        self.fd = child
-
-    def leave(self) -> None:
-        """Goes back up; raises `OSError` where the directory it came from is nowhere to be found."""
-        left, _ = self._way.pop()
-        try:
-            parent = os.open("..", _DIRECTORY, dir_fd=self.fd)
-        except OSError:  # a directory without the x bit can be read, but not left
-            parent = self._descend_again()
-        if _identity(os.fstat(parent)) != left:  # the agent moved the directory we are in
-            os.close(parent)
-            parent = self._descend_again()
-        if _identity(os.fstat(parent)) != left:
-            os.close(parent)
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        os.close(self.fd)
-        self.fd = parent
-
-    def _descend_again(self) -> int:
-        fd = os.dup(self._base)
-        for _, name in self._way:
-            try:
-                child = os.open(name, _DIRECTORY, dir_fd=fd)
-            finally:
-                os.close(fd)
-            fd = child
-        return fd
 
 
 class _Copy:
@@ -354,8 +296,8 @@ class _Copy:
         self._copied = 0
         self._left_out = 0
         with contextlib.ExitStack() as stack:
-            self._source = stack.enter_context(_Cursor(source))
-            self._target = stack.enter_context(_Cursor(target))
+            self._source = stack.enter_context(Cursor(source))
+            self._target = stack.enter_context(Cursor(target))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "_Copy":
@@ -397,17 +339,17 @@ class _Copy:
         return True
 
     def _leave_out(self, error: Exception, *also: int) -> None:
-        if isinstance(error, OSError) and error.errno not in (*_AGENTS_DOING, *also):
+        if isinstance(error, OSError) and error.errno not in (*AGENTS_DOING, *also):
             raise error
         self._left_out += 1
 
     def _copy_level(self) -> list[bytes]:
         """Copies all but the subdirectories of where we are, and returns those."""
         directories = []
-        for name, is_directory in _scan(self._source.fd):
+        for name, is_directory in scan(self._source.fd):
             if is_directory:
                 directories.append(name)
-            elif _is_link(name, self._source.fd):
+            elif is_link(name, self._source.fd):
                 self._copy_link(name)
             else:
                 self._copy_file(name)
@@ -415,7 +357,7 @@ class _Copy:
 
     def _copy_link(self, name: bytes) -> None:
         try:
-            was = _lstat(name, self._source.fd)
+            was = lstat(name, self._source.fd)
             points_to = os.readlink(name, dir_fd=self._source.fd)
         except OSError as error:
             self._leave_out(error, errno.EINVAL)  # no link any more
@@ -428,12 +370,12 @@ class _Copy:
 
     def _copy_file(self, name: bytes) -> None:
         try:
-            source = _open_regular(self._source.fd, name, self._linkable_uid)
-        except (OSError, _RefusedError) as error:
+            source = open_regular(self._source.fd, name, self._linkable_uid)
+        except (OSError, RefusedError) as error:
             self._leave_out(error)
             return
         try:
-            target = os.open(name, _CREATE, 0o600, dir_fd=self._target.fd)
+            target = os.open(name, CREATE, 0o600, dir_fd=self._target.fd)
             try:
                 was = os.fstat(source)
                 self._copy_content(source, target, was.st_size)
@@ -468,7 +410,7 @@ class _Copy:
         os.ftruncate(target, size)
 
     def _finish(self, fd: int, was: os.stat_result) -> None:
-        _hand_over(fd, was.st_mode & 0o1777, self._owner)
+        hand_over(fd, was.st_mode & 0o1777, self._owner)
         os.utime(fd, ns=(was.st_atime_ns, was.st_mtime_ns))
 
 
@@ -500,11 +442,11 @@ class _Level:
     def _scan(self, directory: int, after: str | None, recursive: bool) -> Iterator[_Step]:
         if self.depth >= MAX_PATH_DEPTH:
             return
-        room = MAX_PATH_BYTES - len(_ESCAPE.sub(".", self.prefix).encode())
-        for name, is_directory in _scan(directory):
+        room = MAX_PATH_BYTES - length(self.prefix)
+        for name, is_directory in scan(directory):
             if len(name) > room:
                 continue
-            key = _spell(name)
+            key = spell(name)
             path = self.prefix + key
             if after is None or path > after:
                 yield _Step(key, name, False)
@@ -513,103 +455,9 @@ class _Level:
                 yield _Step(key + "/", name, True)
 
 
-def _scan(directory: int) -> Iterator[tuple[bytes, bool]]:
-    """The names in an open directory, and whether each was itself a directory (not a link to one)."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            is_directory = False
-            with _left_to_the_agent():  # file systems that do not tell the type with the name have it looked up
-                is_directory = entry.is_dir(follow_symlinks=False)
-            yield os.fsencode(entry.name), is_directory
-
-
-def _remove_tree(parent: int, name: bytes) -> None:
-    with _Cursor(parent) as cursor:
-        attempts = _EMPTYING_ATTEMPTS
-        levels = [[name]]
-        while True:
-            if levels[-1]:
-                if _enter_to_empty(cursor, levels[-1][-1]):
-                    levels.append(_remove_files(cursor.fd))
-                else:
-                    levels[-1].pop()
-                continue
-            levels.pop()
-            if not levels:
-                return
-            cursor.leave()
-            try:
-                os.rmdir(levels[-1][-1], dir_fd=cursor.fd)
-            except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and attempts:
-                    attempts -= 1
-                    continue
-                if error.errno != errno.ENOENT:
-                    raise
-            levels[-1].pop()
-
-
-def _enter_to_empty(cursor: _Cursor, name: bytes) -> bool:
-    try:
-        cursor.enter(name)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno not in _NOT_A_DIRECTORY:
-            raise
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=cursor.fd)
-        return False
-    # Tools make read-only directories (Go's module cache is one); where they are ours, that is no reason to fail.
-    was = os.fstat(cursor.fd)
-    if was.st_uid == os.geteuid() and was.st_mode & 0o700 != 0o700:
-        os.fchmod(cursor.fd, 0o700)
-    return True
-
-
-def _remove_files(directory: int) -> list[bytes]:
-    """Removes all but the subdirectories of a directory, and returns those."""
-    directories = []
-    for name, is_directory in _scan(directory):
-        if is_directory:
-            directories.append(name)
-            continue
-        try:
-            os.unlink(name, dir_fd=directory)
-        except FileNotFoundError:
-            continue
-        except IsADirectoryError:
-            directories.append(name)
-    return directories
-
-
-def _open_regular(directory: int, name: bytes, linkable_uid: int | None) -> int:
-    """Opens a regular file, or raises `OSError` or `_RefusedError`.
-
-    The file is looked at before it is opened, since opening a device can do something; and what was opened must be
-    what was looked at: else the agent could hide a hard link's count by removing the link just after we opened it.
-    """
-    for _ in range(_OPEN_ATTEMPTS):
-        seen = _lstat(name, directory)
-        if not stat.S_ISREG(seen.st_mode):
-            raise _RefusedError
-        if linkable_uid is not None and seen.st_nlink > 1 and seen.st_uid != linkable_uid:
-            raise _RefusedError
-        try:
-            fd = os.open(name, _READ, dir_fd=directory)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO):  # swapped for a link or a socket: look again
-                continue
-            raise
-        if _identity(os.fstat(fd)) == _identity(seen):
-            return fd
-        os.close(fd)
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-
 def _mode_of_replaced(directory: int, name: bytes, path: str, new: int) -> int:
     try:
-        replaced = _lstat(name, directory)
+        replaced = lstat(name, directory)
     except FileNotFoundError:
         return new
     if not stat.S_ISREG(replaced.st_mode):
@@ -625,105 +473,6 @@ def _pump(chunks: Iterable[bytes], out: BinaryIO, max_bytes: int | None) -> None
             raise errors.FileTooLarge(max_bytes=max_bytes)
         out.write(chunk)
     out.flush()
-
-
-def _hand_over(fd: int, mode: int, owner: Owner | None) -> None:
-    if owner and os.geteuid() == 0:
-        os.fchown(fd, *owner)
-    os.fchmod(fd, mode)
-
-
-def _parse(path: str) -> tuple[bytes, ...]:
-    """The components of a path as the bytes that are on the disk; none for the empty path, which is the root."""
-    if not path:
-        return ()
-    if "\0" in path:
-        raise errors.InvalidPath(path, "a path has no NUL")
-    if path.startswith("/"):
-        raise errors.InvalidPath(path, "paths are relative to the workspace")
-    names = tuple(_parse_name(path, text) for text in path.split("/"))
-    if sum(map(len, names)) + len(names) - 1 > MAX_PATH_BYTES:
-        raise errors.InvalidPath(path, f"it is over {MAX_PATH_BYTES} bytes")
-    if len(names) > MAX_PATH_DEPTH:
-        raise errors.InvalidPath(path, f"it has over {MAX_PATH_DEPTH} components")
-    return names
-
-
-def _parse_name(path: str, text: str) -> bytes:
-    if text in ("", ".", ".."):
-        raise errors.InvalidPath(path, "empty components, '.' and '..' are not allowed")
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise errors.InvalidPath(path, "the path is not valid Unicode")
-    name = _ESCAPE.sub(lambda match: _unescaped(match[1]), text).encode("utf-8", "surrogateescape")
-    if len(name) > MAX_NAME_BYTES:
-        raise errors.InvalidPath(path, f"a name is over {MAX_NAME_BYTES} bytes")
-    if _spell(name) != text:
-        raise errors.InvalidPath(path, f"this name is spelled {_spell(name)!r}")
-    return name
-
-
-def _unescaped(digits: str) -> str:
-    byte = int(digits, 16)
-    return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
-
-
-def _spell(name: bytes) -> str:
-    """The one spelling of a name, as the module's docstring describes it."""
-    return _NEEDS_ESCAPE.sub(
-        lambda match: r"\x5C" if match[0] == "\\" else rf"\x{ord(match[0]) - 0xDC00:02X}",
-        name.decode("utf-8", "surrogateescape"),
-    )
-
-
-def _parse_new(path: str) -> tuple[bytes, ...]:
-    """As `_parse`, for a name that we would bring into being: stricter than what an agent may have made."""
-    names = _parse(path)
-    if not names:
-        raise errors.InvalidPath(path, "a file needs a name")
-    for name in names:
-        try:
-            text = name.decode()
-        except UnicodeDecodeError:
-            raise errors.InvalidPath(path, "new names are UTF-8") from None
-        if any(unicodedata.category(char) == "Cc" for char in text):
-            raise errors.InvalidPath(path, "new names have no control characters")
-    return names
-
-
-@contextlib.contextmanager
-def _translated(path: str) -> Iterator[None]:
-    """Turns what the system says about a path into our own errors, and passes on what is about the disk."""
-    try:
-        yield
-    except _RefusedError:
-        raise errors.NotAFile(path) from None
-    except OSError as error:
-        reasons = {
-            errno.EACCES: "permission denied",
-            errno.EPERM: "permission denied",
-            errno.ENOTDIR: "not a directory",
-            errno.ELOOP: "a symbolic link is on the way",
-            errno.EISDIR: "there is a directory of that name",
-            errno.ENOTEMPTY: "it is being written to",
-            errno.EEXIST: "it is being written to",
-            errno.EBUSY: "it changed while it was being used",
-            errno.EAGAIN: "a process holds a lease on it",
-        }
-        if error.errno == errno.ENOENT:
-            raise errors.FileNotFound(path) from error
-        if error.errno in reasons:
-            raise errors.PathConflict(path, reasons[error.errno]) from error
-        raise
-
-
-@contextlib.contextmanager
-def _left_to_the_agent() -> Iterator[None]:
-    """Passes over what is gone meanwhile, or is not for us to see."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _AGENTS_DOING:
-            raise
 
 
 def _entry(path: str, found: os.stat_result) -> FileEntry:
@@ -748,18 +497,3 @@ def _modified_at(found: os.stat_result) -> datetime:
         if found.st_mtime_ns < 0:
             return datetime.min.replace(tzinfo=UTC)
         return datetime.max.replace(tzinfo=UTC)
-
-
-def _lstat(name: bytes, directory: int) -> os.stat_result:
-    return os.stat(name, dir_fd=directory, follow_symlinks=False)
-
-
-def _is_link(name: bytes, directory: int) -> bool:
-    try:
-        return stat.S_ISLNK(_lstat(name, directory).st_mode)
-    except OSError:
-        return False
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino

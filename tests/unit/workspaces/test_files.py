@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from carrel import errors
-from carrel.workspaces import WorkspaceFiles, files
+from carrel.workspaces import WorkspaceFiles, descriptors, files
+from carrel.workspaces import paths as spelling_of
 
 AGENT = (65534, 65534)
 RACE_SECONDS = 1.0
@@ -159,23 +160,23 @@ TEXTS = st.text(alphabet="./\\x5CE9%a\0é\udce9\ud800\n", max_size=20) | st.text
 
 @given(NAMES | TRICKY_NAMES)
 def test_every_name_has_a_spelling_that_leads_back(name):
-    spelling = files._spell(name)
+    spelling = spelling_of.spell(name)
     spelling.encode()  # can be sent
-    assert files._parse(spelling) == (name,)
+    assert spelling_of.parse(spelling) == (name,)
 
 
 @given(NAMES, NAMES)
 def test_no_two_names_share_a_spelling(one, other):
-    assert (files._spell(one) == files._spell(other)) == (one == other)
+    assert (spelling_of.spell(one) == spelling_of.spell(other)) == (one == other)
 
 
 @given(TEXTS)
 def test_a_path_is_refused_or_has_safe_components(text):
     try:
-        names = files._parse(text)
+        names = spelling_of.parse(text)
     except errors.InvalidPath:
         return
-    assert "/".join(map(files._spell, names)) == text
+    assert "/".join(map(spelling_of.spell, names)) == text
     for name in names:
         assert 0 < len(name) <= 255
         assert name not in (b".", b"..")
@@ -185,7 +186,7 @@ def test_a_path_is_refused_or_has_safe_components(text):
 
 @given(name=st.text(alphabet="abé%\\x5 .-_~?#:*\"'", min_size=1, max_size=30))
 def test_names_that_are_text_are_spelled_as_they_are(name):
-    assert files._spell(name.encode()) == name
+    assert spelling_of.spell(name.encode()) == name
 
 
 BAD_PATHS = [
@@ -761,7 +762,7 @@ def test_a_directory_moved_away_while_we_are_in_it(root):
     (root / "elsewhere").mkdir()
     fd = os.open(root, os.O_RDONLY)
     try:
-        with files._Cursor(fd) as cursor:
+        with descriptors.Cursor(fd) as cursor:
             cursor.enter(b"a")
             cursor.enter(b"b")
             (root / "a" / "b").rename(root / "elsewhere" / "b")
@@ -821,8 +822,8 @@ def depth_of(folder):
 
 
 def test_a_tree_deeper_than_any_path(workspace, deep, tmp_path):
-    assert len(workspace.tree(limit=10_000)) == files.MAX_PATH_DEPTH
-    assert workspace.stat("/".join(["d"] * files.MAX_PATH_DEPTH)).type == "directory"
+    assert len(workspace.tree(limit=10_000)) == spelling_of.MAX_PATH_DEPTH
+    assert workspace.stat("/".join(["d"] * spelling_of.MAX_PATH_DEPTH)).type == "directory"
     workspace.copy_to(tmp_path / "copy")
     assert depth_of(tmp_path / "copy") == (3000, ["bottom"])
     WorkspaceFiles(tmp_path).delete("copy")
