@@ -12,6 +12,7 @@
     │   ├── MissingScope                403
     │   ├── BoundToSession              403
     │   ├── EngineCallRefused           403
+    │   ├── EnvironmentForbids          403
     │   └── UntrustedOrigin             403
     ├── NotFound                        404
     │   ├── SessionNotFound             404
@@ -22,6 +23,8 @@
     │   ├── ArtifactNotFound            404
     │   ├── UserNotFound                404
     │   ├── KeyNotFound                 404
+    │   ├── EnvironmentNotFound         404
+    │   ├── SecretNotFound              404
     │   └── RouteNotFound               404
     ├── MethodNotAllowed                405
     ├── Conflict                        409
@@ -40,7 +43,11 @@
     │   ├── TurnAtWork                  409
     │   ├── TurnRewound                 409
     │   ├── SnapshotMissing             409
-    │   └── FilesShared                 409
+    │   ├── FilesShared                 409
+    │   ├── EnvironmentInUse            409
+    │   ├── EnvironmentFixed            409
+    │   ├── SecretInUse                 409
+    │   └── SecretsLocked               409
     ├── FileTooLarge                    413
     ├── TooMany                         429
     │   ├── QueueFull                   429
@@ -60,6 +67,7 @@
     │   ├── SandboxLaunchFailed
     │   │   ├── AgentStartFailed
     │   │   ├── ImageMissing
+    │   │   ├── SecretMissing
     │   │   └── RuntimeUnavailable
     │   ├── TurnTimedOut
     │   ├── BudgetReached
@@ -188,6 +196,10 @@ class EngineCallRefused(Forbidden):
     """The socket proxy does not pass this call on."""
 
 
+class EnvironmentForbids(Forbidden):
+    """The environment does not let a session have this; a session can only have less than its environment."""
+
+
 class UntrustedOrigin(Forbidden):
     """On loopback the server answers to its own names alone, and nowhere to a page of another origin; list those that may call in cors_origins."""
 
@@ -231,6 +243,14 @@ class UserNotFound(NotFound):
 
 class KeyNotFound(NotFound):
     """There is no API key with this id."""
+
+
+class EnvironmentNotFound(NotFound):
+    """There is no such environment, or no such version of it, that you may use; GET /environments lists those that you may."""
+
+
+class SecretNotFound(NotFound):
+    """There is no secret of this name."""
 
 
 class RouteNotFound(NotFound):
@@ -320,6 +340,22 @@ class SnapshotMissing(Conflict):
 
 class FilesShared(Conflict):
     """Others work in this workspace too, so its files cannot be put back for one session; ask without files."""
+
+
+class EnvironmentInUse(Conflict):
+    """Sessions are in this environment; delete them, or move them to another, first."""
+
+
+class EnvironmentFixed(Conflict):
+    """The environment `default` is always there; give it a new version instead."""
+
+
+class SecretInUse(Conflict):
+    """Environments use this secret; give them a version without it first."""
+
+
+class SecretsLocked(Conflict):
+    """No secret can be kept here, because the operator has given no key for them: set CARREL_SECRETS_KEY and restart."""
 
 
 class FileTooLarge(CarrelError):
@@ -444,6 +480,10 @@ class AgentStartFailed(SandboxLaunchFailed):
 
 class ImageMissing(SandboxLaunchFailed):
     """The image that the session's sandbox is to be made of is not there; the operator builds or pulls it."""
+
+
+class SecretMissing(SandboxLaunchFailed):
+    """A secret that the session's environment uses cannot be had: it is not set, or its key is not there. The operator sets it."""
 
 
 class RuntimeUnavailable(SandboxLaunchFailed):

@@ -44,6 +44,7 @@ WITHOUT_OBJECT: dict[str, tuple[Any, int]] = {
     "GET /usage": (None, 200),
     "GET /usage/budgets": (None, 200),
     "GET /workspaces": (None, 200),
+    "GET /environments": (None, 200),
     "POST /workspaces": ({"name": "NEW"}, 201),
     "POST /keys": ({"user": "USER"}, 403),
     "POST /auth/tickets": ({"session_id": "SESSION"}, 404),
@@ -56,6 +57,8 @@ ADMINISTRATIVE = {
     "PATCH /users/{user_id}": {"disabled": True},
     "DELETE /users/{user_id}": None,
     "GET /audit": None,
+    "PUT /environments/{environment_id}": {},
+    "DELETE /environments/{environment_id}": None,
     "GET /metrics": None,
 }
 # What an operation on somebody's object is sent, so that it would do something if it could.
@@ -144,7 +147,15 @@ class House:
         """Everything of Alice's, as she sees it."""
         session = f"/sessions/{self.alice['session_id']}"
         found = []
-        for path in (session, f"{session}/turns", f"{session}/events", f"{session}/files", "/keys", "/workspaces"):
+        for path in (
+            session,
+            f"{session}/turns",
+            f"{session}/events",
+            f"{session}/files",
+            "/keys",
+            "/workspaces",
+            "/environments",
+        ):
             response = await self.http.get(API + path, headers={"Authorization": f"Bearer {self.alices_key}"})
             assert response.status_code == 200
             found.append([{**item, "last_used_at": 0} for item in response.json().get("data", [response.json()])])
@@ -169,8 +180,11 @@ async def house(start: Any) -> Any:
             if path not in OPEN
         ]
         shop = await api.ask("POST", "/workspaces", 201, json={"name": MARK}, headers=as_alice)
+        environment = {"description": MARK, "allowed_roles": ["user:alice"]}
+        await api.ask("PUT", "/environments/alices", 201, json=environment)
         alice = {
             "workspace_id": shop["id"],
+            "environment_id": "alices",
             "session_id": session,
             "turn_id": turn,
             "path": "a.txt",

@@ -14,6 +14,7 @@ from carrel.api.authentication import KeyFirst
 from carrel.api.dependencies import Services
 from carrel.api.routes import (
     audit,
+    environments,
     events,
     files,
     health,
@@ -69,6 +70,7 @@ def create_app(services: Services) -> FastAPI:
         tickets.router,
         usage.router,
         workspaces.router,
+        environments.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)

@@ -15,6 +15,7 @@ from carrel.api.edges import Edges
 from carrel.auth import Authenticator
 from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
+from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.service import SessionService
 from carrel.sessions.spending import Spending
@@ -28,6 +29,7 @@ class Services:
     store: abc.Store
     sessions: SessionService
     workspaces: NamedWorkspaces
+    environments: Environments
     spending: Spending
     history: History
     authenticator: Authenticator | None

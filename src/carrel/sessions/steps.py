@@ -20,9 +20,11 @@ from carrel.model import (
     WorkspaceMode,
     utc_now,
 )
+from carrel.protocol.environments import Environment
 from carrel.protocol.events import SessionDeleted
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission
+from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import token_hash
 
 _STRIKE_AGAIN = frozenset({SandboxOutOfMemory.code, SandboxOutOfProcesses.code, DiskFull.code})
@@ -38,6 +40,8 @@ class View:
     sandbox: Sandbox | None
     live: Turn | None
     queued: list[Turn]
+    environment: Environment | None
+    """The version that the session keeps."""
 
 
 def view(tx: abc.Transaction, session_id: str) -> View:
@@ -49,6 +53,7 @@ def view(tx: abc.Transaction, session_id: str) -> View:
         sandbox=tx.sandboxes.current(session_id),
         live=tx.turns.live(session_id),
         queued=list(tx.turns.queued(session_id)),
+        environment=None if session is None else kept_environment(tx, session),
     )
 
 
