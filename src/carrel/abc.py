@@ -38,6 +38,7 @@ from carrel.model import (
     Usage,
     User,
 )
+from carrel.protocol.environments import Environment, Secret
 from carrel.protocol.events import Delta, NewEvent, StoredEvent
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "CountRows",
     "CredentialSource",
     "DoomedRows",
+    "EnvironmentRows",
     "EventBus",
     "EventRows",
     "Excess",
@@ -70,6 +72,7 @@ __all__ = [
     "Runtime",
     "SandboxRows",
     "SandboxUsage",
+    "SecretRows",
     "SessionFilter",
     "SessionRows",
     "SnapshotRows",
@@ -145,6 +148,13 @@ class Runtime(ABC):
 
         Raises:
             OperatorError: this machine cannot run such sandboxes; the message says what to do.
+        """
+
+    def check(self, template: SandboxTemplate) -> None:  # noqa: B027  (most can make whatever is asked of them)
+        """Look whether such sandboxes could be made here, as far as that can be known without making one.
+
+        Raises:
+            ValidationFailed: they could not; the message says what of the template is not to be had here.
         """
 
     @abstractmethod
@@ -778,6 +788,54 @@ class WorkspaceRows(ABC):
         """Delete the row."""
 
 
+class EnvironmentRows(ABC):
+    """Environments, each with its versions, which never change."""
+
+    @abstractmethod
+    def add(self, environment: Environment) -> bool:
+        """Store a new version. False where it is there already."""
+
+    @abstractmethod
+    def get(self, name: str, version: int | None = None) -> Environment | None:
+        """A version of the environment, by default the newest; None where it is not there."""
+
+    @abstractmethod
+    def versions(self, name: str) -> Sequence[Environment]:
+        """Every version of the environment, newest first."""
+
+    @abstractmethod
+    def page(self, *, cursor: str | None, limit: int) -> Page[Environment]:
+        """The newest version of each environment, by name. Raises InvalidCursor."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete the environment with all of its versions."""
+
+    @abstractmethod
+    def sessions(self, name: str, owner: str | None = None) -> int:
+        """How many sessions are in it, of everybody or of one owner; deleted ones do not count."""
+
+
+class SecretRows(ABC):
+    """Secrets, sealed."""
+
+    @abstractmethod
+    def put(self, secret: Secret) -> None:
+        """Store a secret, in the place of the one of its name if there is one."""
+
+    @abstractmethod
+    def get(self, name: str) -> Secret | None:
+        """The secret, or None."""
+
+    @abstractmethod
+    def all(self) -> Sequence[Secret]:
+        """Every secret, by name."""
+
+    @abstractmethod
+    def remove(self, name: str) -> bool:
+        """Delete it. False where it is not there."""
+
+
 class SnapshotRows(ABC):
     """Snapshots of sessions' files. They have no part in a session's deletion: some outlive it with its workspace."""
 
@@ -884,6 +942,8 @@ class Transaction(ABC):
     artifacts: ArtifactRows
     doomed: DoomedRows
     network: NetworkRows
+    environments: EnvironmentRows
+    secrets: SecretRows
 
     @abstractmethod
     def lock(self, name: str) -> None:

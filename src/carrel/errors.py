@@ -13,6 +13,7 @@
     │   ├── MissingScope                403
     │   ├── BoundToSession              403
     │   ├── EngineCallRefused           403
+    │   ├── EnvironmentForbids          403
     │   └── UntrustedOrigin             403
     ├── NotFound                        404
     │   ├── SessionNotFound             404
@@ -25,6 +26,8 @@
     │   ├── UserNotFound                404
     │   ├── KeyNotFound                 404
     │   ├── ObjectNotFound              404
+    │   ├── EnvironmentNotFound         404
+    │   ├── SecretNotFound              404
     │   └── RouteNotFound               404
     ├── MethodNotAllowed                405
     ├── Conflict                        409
@@ -44,7 +47,11 @@
     │   ├── TurnAtWork                  409
     │   ├── TurnRewound                 409
     │   ├── SnapshotMissing             409
-    │   └── FilesShared                 409
+    │   ├── FilesShared                 409
+    │   ├── EnvironmentInUse            409
+    │   ├── EnvironmentFixed            409
+    │   ├── SecretInUse                 409
+    │   └── SecretsLocked               409
     ├── FileTooLarge                    413
     ├── ArchiveTooLarge                 413
     ├── SnapshotTooLarge                413
@@ -70,6 +77,7 @@
     │   ├── SandboxLaunchFailed
     │   │   ├── AgentStartFailed
     │   │   ├── ImageMissing
+    │   │   ├── SecretMissing
     │   │   └── RuntimeUnavailable
     │   ├── TurnTimedOut
     │   ├── BudgetReached
@@ -206,6 +214,10 @@ class EngineCallRefused(Forbidden):
     """The socket proxy does not pass this call on."""
 
 
+class EnvironmentForbids(Forbidden):
+    """The environment does not let a session have this; a session can only have less than its environment."""
+
+
 class UntrustedOrigin(Forbidden):
     """On loopback the server answers to its own names alone, and nowhere to a page of another origin; list those that may call in cors_origins."""
 
@@ -257,6 +269,14 @@ class KeyNotFound(NotFound):
 
 class ObjectNotFound(NotFound):
     """There is no such object in the object store."""
+
+
+class EnvironmentNotFound(NotFound):
+    """There is no such environment, or no such version of it, that you may use; GET /environments lists those that you may."""
+
+
+class SecretNotFound(NotFound):
+    """There is no secret of this name."""
 
 
 class RouteNotFound(NotFound):
@@ -350,6 +370,22 @@ class SnapshotMissing(Conflict):
 
 class FilesShared(Conflict):
     """Others work in this workspace too, so its files cannot be put back for one session; ask without files."""
+
+
+class EnvironmentInUse(Conflict):
+    """Sessions are in this environment; delete them, or move them to another, first."""
+
+
+class EnvironmentFixed(Conflict):
+    """The environment `default` is always there; give it a new version instead."""
+
+
+class SecretInUse(Conflict):
+    """Environments use this secret; give them a version without it first."""
+
+
+class SecretsLocked(Conflict):
+    """No secret can be kept here, because the operator has given no key for them: set CARREL_SECRETS_KEY and restart."""
 
 
 class FileTooLarge(CarrelError):
@@ -511,6 +547,10 @@ class AgentStartFailed(SandboxLaunchFailed):
 
 class ImageMissing(SandboxLaunchFailed):
     """The image that the session's sandbox is to be made of is not there; the operator builds or pulls it."""
+
+
+class SecretMissing(SandboxLaunchFailed):
+    """A secret that the session's environment uses cannot be had: it is not set, or its key is not there. The operator sets it."""
 
 
 class RuntimeUnavailable(SandboxLaunchFailed):

@@ -469,6 +469,10 @@ class Session(Frozen):
     workspace: Workspace = Workspace()
     workspace_id: str | None = Field(default=None, exclude=True, description="The persistent workspace it works in.")
     metadata: dict[str, Any] = Field(default_factory=dict)
+    environment: str = Field(default="default", description="The environment it is opened in.")
+    environment_version: int = Field(
+        default=0, description="The version that it keeps; 0: `default`, as the settings say."
+    )
     forked_from: str | None = None
     agent_session_id: str | None = Field(default=None, exclude=True)
     generation: int = Field(default=0, exclude=True)

@@ -45,6 +45,7 @@ WITHOUT_OBJECT: dict[str, tuple[Any, int]] = {
     "GET /usage/budgets": (None, 200),
     "GET /workspaces": (None, 200),
     "GET /interactions": (None, 200),
+    "GET /environments": (None, 200),
     "POST /workspaces": ({"name": "NEW"}, 201),
     "POST /keys": ({"user": "USER"}, 403),
     "POST /auth/tickets": ({"session_id": "SESSION"}, 404),
@@ -57,6 +58,8 @@ ADMINISTRATIVE = {
     "PATCH /users/{user_id}": {"disabled": True},
     "DELETE /users/{user_id}": None,
     "GET /audit": None,
+    "PUT /environments/{environment_id}": {},
+    "DELETE /environments/{environment_id}": None,
     "GET /metrics": None,
 }
 # What an operation on somebody's object is sent, so that it would do something if it could.
@@ -154,6 +157,7 @@ class House:
             "/keys",
             "/workspaces",
             "/interactions",
+            "/environments",
         ):
             response = await self.http.get(API + path, headers={"Authorization": f"Bearer {self.alices_key}"})
             assert response.status_code == 200
@@ -191,9 +195,12 @@ async def house(start: Any) -> Any:
             created_at=utc_now(),
         )
         await api.server.services.store.write(lambda tx: tx.interactions.add(asked))
+        environment = {"description": MARK, "allowed_roles": ["user:alice"]}
+        await api.ask("PUT", "/environments/alices", 201, json=environment)
         alice = {
             "workspace_id": shop["id"],
             "interaction_id": asked.id,
+            "environment_id": "alices",
             "session_id": session,
             "turn_id": turn,
             "path": "a.txt",

@@ -14,6 +14,7 @@ from carrel.api.authentication import KeyFirst
 from carrel.api.dependencies import Services
 from carrel.api.routes import (
     audit,
+    environments,
     events,
     files,
     health,
@@ -71,6 +72,7 @@ def create_app(services: Services) -> FastAPI:
         usage.router,
         workspaces.router,
         interactions.router,
+        environments.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)

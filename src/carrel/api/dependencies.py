@@ -15,6 +15,7 @@ from carrel.api.edges import Edges
 from carrel.auth import Authenticator
 from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
+from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
 from carrel.sessions.service import SessionService
@@ -30,6 +31,7 @@ class Services:
     sessions: SessionService
     workspaces: NamedWorkspaces
     interactions: Interactions
+    environments: Environments
     spending: Spending
     history: History
     authenticator: Authenticator | None

@@ -21,7 +21,13 @@ _NAMES = {
     "list_models": "model.list",
 }
 """Of routes that are not called after a verb and what it is done to."""
-_STANDS_FOR = {"query": "session", "event": "session", "network": "session", "request": "route"}
+_STANDS_FOR = {
+    "query": "session",
+    "event": "session",
+    "network": "session",
+    "request": "route",
+    "environment_version": "environment",
+}
 """What is named as the object where it is not what the action is called after."""
 
 

@@ -39,6 +39,7 @@ from carrel.protocol.bootstrap import EGRESS_SOCKET
 from carrel.protocol.spec import SessionSpec
 from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions
 from carrel.sessions.admission import Admission
+from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.history import History
 from carrel.sessions.hub import Hub
@@ -203,6 +204,7 @@ async def _build(
         first_uid=settings.first_sandbox_uid if own_users else None,
         make_user_directories=settings.users.auto_create_dir,
     )
+    allow_bypass = runtimes.isolated or settings.allow_bypass_without_isolation
     scheduler: Scheduler
     hub = Hub(store, live, lambda session_id: scheduler.poke(session_id), seen.observer)
     admission = Admission(
@@ -225,6 +227,7 @@ async def _build(
             reconnect_window_seconds=settings.reconnect_window_seconds,
             default_model=settings.anthropic_model,
             mcp_servers=settings.mcp_servers,
+            defaults=defaults,
             allowances=allowances,
             network=settings.network,
         ),
@@ -253,7 +256,7 @@ async def _build(
             max_sessions=settings.limits.max_sessions,
             max_sessions_per_user=settings.limits.max_sessions_per_user,
             metered=direct is None,
-            allow_bypass=runtimes.isolated or settings.allow_bypass_without_isolation,
+            allow_bypass=allow_bypass,
             defaults=defaults,
             default_ttl_seconds=settings.defaults.ttl_seconds or None,
             trace=seen.trace,
@@ -274,6 +277,16 @@ async def _build(
         sessions=service,
         workspaces=workspaces,
         interactions=Interactions(store, hub),
+        environments=Environments(
+            store,
+            check=lambda spec: check_environment(
+                spec,
+                runtimes,
+                allow_bypass=allow_bypass,
+                metered=direct is None,
+                allow_open=settings.allow_insecure or settings.wants_keys,
+            ),
+        ),
         authenticator=authenticator if settings.auth != "none" else None,
         spending=Spending(store, allowances),
         history=History(store),

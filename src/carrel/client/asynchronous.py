@@ -19,6 +19,7 @@ from carrel.client.streams import FollowEvents, FollowQuery, FollowTurn, Stream
 from carrel.client.types import (
     ApiKey,
     BudgetState,
+    Environment,
     Event,
     FileEntry,
     Frame,
@@ -35,7 +36,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["AsyncCarrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
 
 
 class AsyncCarrel:
@@ -75,6 +76,7 @@ class AsyncCarrel:
         self.events = AsyncEvents(wire)
         self.files = AsyncFiles(wire)
         self.workspaces = AsyncWorkspaces(wire)
+        self.environments = AsyncEnvironments(wire)
         self.keys = AsyncKeys(wire)
         self.users = AsyncUsers(wire)
         self.usage = AsyncSpending(wire)
@@ -368,6 +370,33 @@ class AsyncWorkspaces:
     async def delete(self, workspace_id: str) -> None:
         """Delete it for good, with its files. Raises WorkspaceInUse while sessions have it."""
         await self._wire.send(calls.delete_workspace(workspace_id))
+
+
+class AsyncEnvironments:
+    """Environments: what sessions are opened in, by a name."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def put(self, name: str, spec: Mapping[str, Any]) -> tuple[Environment, bool]:
+        """Write the next version, and answer it and whether it is new: the same content again makes none. For admins."""
+        return await self._wire.send(calls.put_environment(name, spec))
+
+    async def get(self, name: str, *, version: int | None = None) -> Environment:
+        """The environment in its newest version, or in another."""
+        return await self._wire.send(calls.get_environment(name, version))
+
+    def list(self, *, page_size: int | None = None) -> AsyncIterator[Environment]:
+        """Every environment that the caller may use, in its newest version, by name."""
+        return self._wire.items(calls.list_environments(page_size))
+
+    def versions(self, name: str) -> AsyncIterator[Environment]:
+        """Every version of the environment, newest first."""
+        return self._wire.items(calls.list_environment_versions(name))
+
+    async def delete(self, name: str) -> None:
+        """Delete it with all of its versions. Raises EnvironmentInUse while sessions are in it. For admins."""
+        await self._wire.send(calls.delete_environment(name))
 
 
 class AsyncKeys:

@@ -19,6 +19,7 @@ from carrel.client.streams import FollowEvents, FollowQuery, FollowTurn, Stream
 from carrel.client.types import (
     ApiKey,
     BudgetState,
+    Environment,
     Event,
     FileEntry,
     Frame,
@@ -35,7 +36,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Carrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
 
 
 class Carrel:
@@ -75,6 +76,7 @@ class Carrel:
         self.events = Events(wire)
         self.files = Files(wire)
         self.workspaces = Workspaces(wire)
+        self.environments = Environments(wire)
         self.keys = Keys(wire)
         self.users = Users(wire)
         self.usage = Spending(wire)
@@ -365,6 +367,33 @@ class Workspaces:
     def delete(self, workspace_id: str) -> None:
         """Delete it for good, with its files. Raises WorkspaceInUse while sessions have it."""
         self._wire.send(calls.delete_workspace(workspace_id))
+
+
+class Environments:
+    """Environments: what sessions are opened in, by a name."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def put(self, name: str, spec: Mapping[str, Any]) -> tuple[Environment, bool]:
+        """Write the next version, and answer it and whether it is new: the same content again makes none. For admins."""
+        return self._wire.send(calls.put_environment(name, spec))
+
+    def get(self, name: str, *, version: int | None = None) -> Environment:
+        """The environment in its newest version, or in another."""
+        return self._wire.send(calls.get_environment(name, version))
+
+    def list(self, *, page_size: int | None = None) -> Iterator[Environment]:
+        """Every environment that the caller may use, in its newest version, by name."""
+        return self._wire.items(calls.list_environments(page_size))
+
+    def versions(self, name: str) -> Iterator[Environment]:
+        """Every version of the environment, newest first."""
+        return self._wire.items(calls.list_environment_versions(name))
+
+    def delete(self, name: str) -> None:
+        """Delete it with all of its versions. Raises EnvironmentInUse while sessions are in it. For admins."""
+        self._wire.send(calls.delete_environment(name))
 
 
 class Keys:

@@ -15,6 +15,7 @@ from carrel.client.types import (
     ApiKey,
     BudgetState,
     BudgetStates,
+    Environment,
     FileEntry,
     Message,
     NamedWorkspace,
@@ -29,7 +30,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Call", "Listing"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
 
 API = "/api/v1"
 EVENT_STREAM = "text/event-stream"
@@ -253,6 +254,36 @@ def update_workspace(workspace_id: str, changes: Mapping[str, Any]) -> Call[Name
 
 def delete_workspace(workspace_id: str) -> Call[None]:
     return Call("DELETE", f"{API}/workspaces/{_part(workspace_id)}", nothing, timeout=_NO_LIMIT)
+
+
+# ----------------------------------------------------------------------------------------------------- environments
+
+
+def _environment(name: str, *rest: str) -> str:
+    return "/".join([API, "environments", _part(name), *rest])
+
+
+def put_environment(name: str, spec: Mapping[str, Any]) -> Call[tuple[Environment, bool]]:
+    read = model_of(Environment)
+    return Call(
+        "PUT", _environment(name), lambda response: (read(response), response.status_code == 201), json=dict(spec)
+    )
+
+
+def get_environment(name: str, version: int | None) -> Call[Environment]:
+    return Call("GET", _environment(name), model_of(Environment), params={"version": version})
+
+
+def list_environments(page_size: int | None) -> Listing[Environment]:
+    return Listing(f"{API}/environments", Environment, {"limit": page_size})
+
+
+def list_environment_versions(name: str) -> Listing[Environment]:
+    return Listing(_environment(name, "versions"), Environment, {})
+
+
+def delete_environment(name: str) -> Call[None]:
+    return Call("DELETE", _environment(name), nothing)
 
 
 # --------------------------------------------------------------------------------------------------- users and keys

@@ -16,6 +16,7 @@ __all__ = [
     "BudgetState",
     "BudgetStates",
     "Delta",
+    "Environment",
     "Event",
     "FileEntry",
     "Frame",
@@ -50,6 +51,8 @@ class Session(_Told):
     usage: Usage = Usage()
     budget: Budget | None = None
     metadata: dict[str, Any] = {}
+    environment: str = "default"
+    environment_version: int = 0
     forked_from: str | None = None
     error: Failure | None = None
 
@@ -84,6 +87,17 @@ class NamedWorkspace(_Told):
     size_bytes: int | None = None
     created_at: datetime
     last_used_at: datetime
+
+
+class Environment(_Told):
+    """A version of an environment, which sessions are opened in by its name."""
+
+    name: str
+    version: int
+    spec: dict[str, Any]
+    """What the environment says; what nobody has named is left out."""
+    created_at: datetime
+    created_by: str | None = None
 
 
 class FileEntry(_Told):

@@ -282,6 +282,9 @@ class _Described(Options):
 class CreateSession(SessionSpec, _Described):
     """The body of `POST /sessions`."""
 
+    environment: str = Field(
+        default="default", max_length=64, description="The environment it is opened in, by name; it keeps the version."
+    )
     workspace: Workspace | None = Field(default=None, description="Where its files live.")
     ttl_seconds: int | None = Field(
         default=None, ge=1, le=3_153_600_000, description="Deleted when unused for so long; default: never."
@@ -294,6 +297,13 @@ class CreateSession(SessionSpec, _Described):
 
 class UpdateSession(SessionSpec, _Described):
     """The body of `PATCH /sessions/{id}`: what is given is changed, `null` goes back to the default."""
+
+    environment: str | None = _applies(
+        "launch", "Another environment, or the newest version of its own; null: `default`.", max_length=64
+    )
+    environment_version: int | None = _applies(
+        "launch", "Another version of its environment; null: the newest.", ge=0, le=10**9
+    )
 
 
 class _Block(BaseModel):

@@ -48,12 +48,15 @@ from carrel.model import (
     new_id,
     utc_now,
 )
+from carrel.protocol.environments import Environment
 from carrel.protocol.link import AgentFailed, Bind, Interrupt, SetModel, SetPermissionMode, Shutdown, StartTurn
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
+from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import Hub, Link
 from carrel.sessions.memory import Memory
+from carrel.sessions.narrowing import agents_options
 from carrel.sessions.runtimes import Runtimes
 
 log = structlog.get_logger(__name__)
@@ -101,6 +104,8 @@ class OwnerOptions:
     default_model: str | None = None
     mcp_servers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """For every session's agent. A session's own win by name, and only they are part of its row."""
+    defaults: SessionSpec = field(default_factory=SessionSpec)
+    """The options of agents whose session and environment do not name them."""
     allowances: Allowances = UNLIMITED
     network: NetworkPolicy = GATEWAY_ONLY
     """Of sandboxes whose template names none."""
@@ -214,7 +219,7 @@ class Owner:
             return 0.0
         if not self.memory.admit(session.id):
             return _LOOK_AGAIN_SECONDS
-        return await self._launch(session)
+        return await self._launch(session, view.environment)
 
     def network_given(self, template: SandboxTemplate | None = None) -> NetworkPolicy:
         """What a sandbox may reach: as its template says, or else the settings."""
@@ -225,9 +230,17 @@ class Owner:
         """What the session's next sandbox may reach: what it is given, narrowed by its own wish."""
         return self.network_given(template).narrowed(SessionSpec.model_validate(session.spec).network)
 
-    async def _launch(self, session: Session) -> float | None:
+    async def _launch(self, session: Session, environment: Environment | None) -> float | None:
         if self._launches.get(session.id, 0) >= _LAUNCH_ATTEMPTS:
             await self._start_failed(session.id, SandboxLaunchFailed(operator_detail="lost before it was connected"))
+            return 0.0
+        try:
+            if environment is None:
+                raise SandboxLaunchFailed(operator_detail="the version of its environment is gone")
+            runtime = self._runtimes.named(environment.spec.runtime)
+        except SandboxLaunchFailed as error:
+            log.error("sandbox.launch_failed", session=session.id, detail=error.operator_detail)
+            await self._start_failed(session.id, error)
             return 0.0
         try:
             await self._run_blocking(self._folders.make, session)
@@ -240,8 +253,7 @@ class Owner:
                 raise
             await self._fail_all(session.id, DiskFull(), stop_reason=StopReason.ERROR)
             return 0.0
-        runtime = self._runtimes.default
-        template = SandboxTemplate()
+        template = environment.spec.sandbox
         within = self._folders.within(session)
         spec = abc.LaunchSpec(
             sandbox_id=new_id(),
@@ -316,7 +328,7 @@ class Owner:
                 await self._lose(session.id, sandbox)
                 return 0.0
             return 0.0 if await self._start(view.queued[0], link) else _LOOK_AGAIN_SECONDS
-        return await self._rest(session, sandbox, link)
+        return await self._rest(session, view, sandbox, link)
 
     async def _unconnected(self, session: Session, sandbox: Sandbox) -> float | None:
         """No link: the runner is still starting, is on its way back, or is gone."""
@@ -351,7 +363,9 @@ class Owner:
         return "\n".join([line async for line in self._runtimes.named(sandbox.runtime).logs(sandbox.state)][-20:])
 
     async def _bind(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> None:
-        spec, mode = self._agent_options(session, isolated=self._runtimes.named(sandbox.runtime).isolated)
+        spec, mode = self._agent_options(
+            session, view.environment, isolated=self._runtimes.named(sandbox.runtime).isolated
+        )
         link.bound = True
         link.live_options = (spec.model, mode)
         await link.tell(
@@ -368,9 +382,14 @@ class Owner:
         )
         reached("bind.sent")
 
-    def _agent_options(self, session: Session, *, isolated: bool) -> tuple[SessionSpec, PermissionMode]:
+    def _agent_options(
+        self, session: Session, environment: Environment | None, *, isolated: bool
+    ) -> tuple[SessionSpec, PermissionMode]:
         """What the session's agent is set up with."""
         spec = SessionSpec.model_validate(session.spec)
+        if environment is not None and environment.version > 0:
+            # Without one, the defaults stand in the session's row, as they were when it was made.
+            spec = agents_options(environment.spec, spec, self._options.defaults)
         if self._options.mcp_servers:
             servers = dict(self._options.mcp_servers) | (spec.mcp_servers or {})
             spec = spec.model_copy(update={"mcp_servers": servers})
@@ -386,7 +405,9 @@ class Owner:
         link = self._hub.bound_link(session.id)
         if link is None:
             return
-        spec, mode = self._agent_options(session, isolated=self._runtimes.named(link.runtime).isolated)
+        environment = await self._store.read(lambda tx: kept_environment(tx, session))
+        isolated = self._runtimes.named(link.runtime).isolated
+        spec, mode = self._agent_options(session, environment, isolated=isolated)
         told, link.live_options = link.live_options, (spec.model, mode)
         link.up_to_date = True
         if told[0] != spec.model:
@@ -480,14 +501,16 @@ class Owner:
             await link.tell(Interrupt(id=new_id(), turn_id=turn.id, reason=reason))
         return None
 
-    async def _rest(self, session: Session, sandbox: Sandbox, link: Link) -> float | None:
+    async def _rest(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> float | None:
         """Nothing to do: free the process once it has been idle for long enough."""
         if session.reserved is not None:
             self.heard_of_pool(session, None)
             return None
+        given = view.environment.spec.idle_timeout_seconds if view.environment is not None else None
+        idle_timeout_seconds = given or self._options.idle_timeout_seconds
         if link.background_tasks > 0 or session.status is not SessionStatus.READY:
-            return self._options.idle_timeout_seconds
-        left = self._options.idle_timeout_seconds - (utc_now() - session.last_active_at).total_seconds()
+            return idle_timeout_seconds
+        left = idle_timeout_seconds - (utc_now() - session.last_active_at).total_seconds()
         if left > 0:
             return left
         await self.free(session.id, sandbox.id)

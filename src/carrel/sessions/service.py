@@ -15,6 +15,7 @@ from carrel import abc
 from carrel.errors import (
     BoundToSession,
     Draining,
+    EnvironmentForbids,
     Forbidden,
     NothingToInterrupt,
     QueueFull,
@@ -44,12 +45,15 @@ from carrel.model import (
     new_id,
     utc_now,
 )
+from carrel.protocol.environments import DEFAULT_ENVIRONMENT, Environment
 from carrel.protocol.events import SessionCreated, SessionUpdated, StoredEvent, TurnQueued
 from carrel.protocol.results import TurnResult, result_of
 from carrel.protocol.spec import LIVE_FIELDS, CreateSession, CreateTurn, SessionSpec, UpdateSession
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission, SessionLimits
+from carrel.sessions.environments import environment_of, environments_budget, open_environment, spend_environment
 from carrel.sessions.hub import Hub
+from carrel.sessions.narrowing import check_options
 from carrel.sessions.owner import Owner
 from carrel.sessions.pool import DEFAULT_POOL, Pool
 from carrel.sessions.scheduler import Scheduler
@@ -61,6 +65,7 @@ from carrel.workspaces.folders import Folders
 T = TypeVar("T")
 
 _PAGE = 500
+_OF_ENVIRONMENT = frozenset({"environment", "environment_version"})
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,14 @@ class SessionService:
         Raises:
             Forbidden: the options are not allowed here.
             BoundToSession: the caller is bound to another session.
+            EnvironmentNotFound: there is no such environment that the caller may use.
+            EnvironmentForbids: it does not let a session have these options.
             SessionLimitReached: there are as many sessions as are allowed.
             WorkspaceMissing: the user's directory is not there, and none is made.
         """
         if principal.session_id is not None:
             raise BoundToSession
-        spec = _with_defaults(body.spec(), self._options.defaults)
-        self._check_mode(spec.permission_mode)
-        self._check_network(spec.network)
+        self._check_mode(_with_defaults(body.spec(), self._options.defaults).permission_mode)
         self._check_budget(body.budget)
         if body.ttl_seconds is None:
             body = body.model_copy(update={"ttl_seconds": self._options.default_ttl_seconds})
@@ -158,12 +163,22 @@ class SessionService:
             max_sessions_per_user if options.max_sessions_per_user is None else options.max_sessions_per_user,
         )
 
-        recipe = await self._pool.recipe_for(DEFAULT_POOL, principal.user, spec, body.workspace)
+        environment = await self._store.read(lambda tx: open_environment(tx, principal, body.environment))
+        recipe = None
+        if environment.version == 0:
+            spec = self._own_options(environment, body.spec())
+            recipe = await self._pool.recipe_for(DEFAULT_POOL, principal.user, spec, body.workspace)
 
         def work(tx: abc.Transaction) -> tuple[Session, bool]:
+            environment = open_environment(tx, principal, body.environment)
+            self._check_options(environment, body.spec())
             limits.spend(tx, principal.user)
-            wanted = _new_session(tx, principal, spec, body, utc_now())
-            session = None if recipe is None else self._pool.take(tx, recipe, wanted)
+            spend_environment(tx, environment, principal.user)
+            spec = self._own_options(environment, body.spec())
+            wanted = _new_session(tx, principal, spec, body, environment, utc_now())
+            # Somebody may have written `default` since the pool was asked.
+            fits = recipe is not None and environment.version == 0
+            session = self._pool.take(tx, recipe, wanted) if recipe is not None and fits else None
             if session is None:
                 tx.sessions.add(wanted)
                 transitions.emit(tx, wanted.id, SessionCreated(title=wanted.title))
@@ -218,7 +233,6 @@ class SessionService:
         given = body.model_fields_set
         options = given & set(SessionSpec.model_fields)
         self._check_mode(body.permission_mode)
-        self._check_network(body.network)
         self._check_budget(body.budget)
 
         def work(tx: abc.Transaction) -> Session:
@@ -228,18 +242,21 @@ class SessionService:
                 changes["title"] = body.title
             if "metadata" in given:
                 changes["metadata"] = body.metadata or {}
-            if "budget" in given:
-                changes["budget"] = body.budget
-            if options:
-                spec = {name: value for name, value in session.spec.items() if name not in options}
-                spec |= body.model_dump(mode="json", include=options, exclude_none=True)
-                back = SessionSpec.model_validate(self._options.defaults.model_dump(include=options))
-                wanted = _with_defaults(SessionSpec.model_validate(spec), back)
+            environment = self._moved(tx, principal, session, body)
+            moved = (environment.name, environment.version) != (session.environment, session.environment_version)
+            if moved:
+                changes |= {"environment": environment.name, "environment_version": environment.version}
+            if "budget" in given or moved:
+                budget = body.budget if "budget" in given else session.budget
+                changes["budget"] = environments_budget(environment, budget, given="budget" in given)
+            if options or moved:
+                wanted = self._changed_options(session, body, environment)
+                self._check_options(environment, wanted)
                 changes["spec"] = wanted.model_dump(mode="json", exclude_none=True)
             if not changes:
                 return session
             updated = tx.sessions.update(session_id, **changes)
-            at_next = sorted(options - LIVE_FIELDS)
+            at_next = sorted((options | given & _OF_ENVIRONMENT) - LIVE_FIELDS)
             transitions.emit(tx, session_id, SessionUpdated(changed=sorted(given), at_next_launch=at_next))
             return tx.sessions.update(session_id, title=updated.title)
 
@@ -247,6 +264,39 @@ class SessionService:
         if options & LIVE_FIELDS:
             await self._owner.apply_live_options(session)
         return session
+
+    def _moved(self, tx: abc.Transaction, principal: Principal, session: Session, body: UpdateSession) -> Environment:
+        """The environment that the session is to be in: its own version, where the body says nothing of it."""
+        given = body.model_fields_set & _OF_ENVIRONMENT
+        if not given:
+            return environment_of(tx, session)
+        name = (body.environment or DEFAULT_ENVIRONMENT) if "environment" in given else session.environment
+        environment = open_environment(tx, principal, name, body.environment_version)
+        if environment.name != session.environment:
+            spend_environment(tx, environment, session.owner)
+        return environment
+
+    def _changed_options(self, session: Session, body: UpdateSession, environment: Environment) -> SessionSpec:
+        """The session's own options, as the body changes them."""
+        defaults = self._options.defaults.model_dump(mode="json", exclude_none=True)
+        options = body.model_fields_set & set(SessionSpec.model_fields)
+        moved = session.environment_version == 0 != environment.version
+        spec = {
+            name: value
+            for name, value in session.spec.items()
+            # Out of `default` as the settings say, it leaves behind what the settings had said.
+            if name not in options and not (moved and defaults.get(name) == value)
+        }
+        spec |= body.model_dump(mode="json", include=options, exclude_none=True)
+        own = SessionSpec.model_validate(spec)
+        if environment.version > 0:
+            return own
+        back = None if session.environment_version > 0 else options
+        return _with_defaults(own, SessionSpec.model_validate(self._options.defaults.model_dump(include=back)))
+
+    def _own_options(self, environment: Environment, given: SessionSpec) -> SessionSpec:
+        """What a new session's row says: in `default` as the settings say, it keeps their defaults as they are now."""
+        return given if environment.version > 0 else _with_defaults(given, self._options.defaults)
 
     async def delete(self, principal: Principal, session_id: str) -> None:
         """Delete the session for good, with its files. Its processes are gone when this returns."""
@@ -340,6 +390,7 @@ class SessionService:
             limits.spend(tx, source.owner)
             now = utc_now()
             current = _session(tx, principal, session_id)
+            spend_environment(tx, environment_of(tx, current), current.owner)
             # A fork that has had no turn of its own yet has the conversation it was forked with.
             known = turn is not None or current.turn_count == 0
             agent_session_id = str(uuid.uuid4()) if current.agent_session_id and known else None
@@ -356,6 +407,8 @@ class SessionService:
                 metadata=current.metadata,
                 forked_from=session_id,
                 agent_session_id=agent_session_id,
+                environment=current.environment,
+                environment_version=current.environment_version,
                 cost_usd=0.0,
                 budget=current.budget,
                 ttl_seconds=current.ttl_seconds,
@@ -539,7 +592,10 @@ class SessionService:
             session = _session(tx, principal, session_id)
             sandbox = tx.sandboxes.current(session_id)
             policy = sandbox.network if sandbox is not None else None
-            return policy or self._owner.network(session), tx.network.page(session_id, cursor=cursor, limit=limit)
+            template = environment_of(tx, session).spec.sandbox
+            return policy or self._owner.network(session, template), tx.network.page(
+                session_id, cursor=cursor, limit=limit
+            )
 
         return await self._store.read(work)
 
@@ -596,10 +652,11 @@ class SessionService:
         if budget is not None and not budget.unlimited and not self._options.metered:
             raise ValidationFailed("budget: none can hold here, since agents ask the model's provider themselves")
 
-    def _check_network(self, wish: NetworkPolicy | None) -> None:
-        most = self._owner.network_given()
-        if wish is not None and not wish.within(most):
-            raise Forbidden(f"network: a session may narrow what it is given, and this is more than {most}.")
+    def _check_options(self, environment: Environment, own: SessionSpec) -> None:
+        check_options(environment.name, environment.spec, own)
+        most = self._owner.network_given(environment.spec.sandbox)
+        if own.network is not None and not own.network.within(most):
+            raise EnvironmentForbids(f"network: a session may narrow what it is given, and this is more than {most}.")
 
     def _check_mode(self, mode: PermissionMode | None) -> None:
         if mode is PermissionMode.BYPASS and not self._options.allow_bypass:
@@ -628,7 +685,12 @@ def _turn(tx: abc.Transaction, principal: Principal, session_id: str, turn_id: s
 
 
 def _new_session(
-    tx: abc.Transaction, principal: Principal, spec: SessionSpec, body: CreateSession, now: datetime
+    tx: abc.Transaction,
+    principal: Principal,
+    spec: SessionSpec,
+    body: CreateSession,
+    environment: Environment,
+    now: datetime,
 ) -> Session:
     workspace = body.workspace or Workspace()
     named = open_workspace(tx, principal.user, workspace.name, now) if workspace.name is not None else None
@@ -643,8 +705,10 @@ def _new_session(
         workspace=workspace,
         workspace_id=named.id if named is not None else None,
         metadata=body.metadata or {},
+        environment=environment.name,
+        environment_version=environment.version,
         cost_usd=0.0,
-        budget=body.budget,
+        budget=environments_budget(environment, body.budget),
         ttl_seconds=body.ttl_seconds,
         created_at=now,
         last_active_at=now,

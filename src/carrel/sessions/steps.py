@@ -22,9 +22,11 @@ from carrel.model import (
     WorkspaceMode,
     utc_now,
 )
+from carrel.protocol.environments import Environment
 from carrel.protocol.events import SessionDeleted
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission
+from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import token_hash
 
 _STRIKE_AGAIN = frozenset({SandboxOutOfMemory.code, SandboxOutOfProcesses.code, DiskFull.code})
@@ -42,6 +44,8 @@ class View:
     queued: list[Turn]
     asked: list[Interaction]
     """What the turn at work waits for."""
+    environment: Environment | None
+    """The version that the session keeps."""
 
 
 def view(tx: abc.Transaction, session_id: str) -> View:
@@ -54,6 +58,7 @@ def view(tx: abc.Transaction, session_id: str) -> View:
         live=tx.turns.live(session_id),
         queued=list(tx.turns.queued(session_id)),
         asked=list(tx.interactions.pending(session_id)) if _waits(session) else [],
+        environment=None if session is None else kept_environment(tx, session),
     )
 
 

@@ -463,6 +463,11 @@ class Settings(Group):
                     self._refuse_open(f"dialects.{name}.auth none", host, "Use another auth")
         return self
 
+    @property
+    def wants_keys(self) -> bool:
+        """Whether everybody who calls must say who they are."""
+        return self.auth != "none" and all(dialect.auth != "none" for dialect in self.dialects.values())
+
     def _refuse_open(self, what: str, host: str, instead: str) -> None:
         if host not in _LOOPBACK:
             raise UnsafeConfiguration(

@@ -91,6 +91,8 @@ sessions = sa.Table(
     sa.Column("snapshot_due", sa.String(36)),
     sa.Column("restoring", sa.JSON(none_as_null=True)),
     sa.Column("reserved", sa.String(64)),
+    sa.Column("environment", sa.String(64), nullable=False, server_default="default"),
+    sa.Column("environment_version", sa.Integer, nullable=False, server_default="0"),
     # Of the few alone: whoever asks for all others wants them by another index.
     sa.Index(
         "ix_sessions_reserved",
@@ -103,6 +105,7 @@ sessions = sa.Table(
     sa.Index("ix_sessions_expires_at", "expires_at"),
     sa.Index("ix_sessions_workspace_id", "workspace_id"),
     sa.Index("ix_sessions_snapshot_due", "snapshot_due"),
+    sa.Index("ix_sessions_environment", "environment"),
 )
 
 turns = sa.Table(
@@ -311,6 +314,27 @@ workspaces = sa.Table(
     sa.Column("last_used_at", Moment, nullable=False),
     sa.Column("deleting", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("owner", "name"),
+)
+
+environments = sa.Table(
+    "environments",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("created_by", sa.String(128)),
+)
+
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.String(128), primary_key=True),
+    sa.Column("key_id", sa.String(32), nullable=False),
+    sa.Column("sealed", sa.Text, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("updated_at", Moment, nullable=False),
+    sa.Column("updated_by", sa.String(128)),
 )
 
 # They refer to no session: the newest of a persistent workspace outlives it.

@@ -36,6 +36,8 @@ class SqlTransaction(abc.Transaction):
         self.artifacts = rows.SqlArtifacts(connection)
         self.doomed = rows.SqlDoomed(connection)
         self.network = rows.SqlNetwork(connection)
+        self.environments = rows.SqlEnvironments(connection)
+        self.secrets = rows.SqlSecrets(connection)
 
     def lock(self, name: str) -> None:
         """Wait until no other transaction has this lock, and keep it. SQLite has one writer at a time as it is."""

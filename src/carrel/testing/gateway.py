@@ -17,6 +17,7 @@ from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
+from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
 from carrel.sessions.interactions import Interactions
@@ -131,6 +132,12 @@ class FakeGateway:
             pool=self.pool,
         )
         self.interactions = Interactions(self.store, self.hub)
+        self.environments = Environments(
+            self.store,
+            check=lambda spec: check_environment(
+                spec, self.runtimes, allow_bypass=service_options.allow_bypass, metered=service_options.metered
+            ),
+        )
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
         self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)

@@ -74,6 +74,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 sessions=gateway.service,
                 workspaces=gateway.workspaces,
                 interactions=gateway.interactions,
+                environments=gateway.environments,
                 authenticator=Authenticator(gateway.store, admin_key=key) if key is not None else None,
                 spending=Spending(gateway.store, Allowances()),
                 history=History(gateway.store),

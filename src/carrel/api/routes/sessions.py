@@ -25,6 +25,8 @@ from carrel.api.routes.shapes import (
 )
 from carrel.errors import (
     BoundToSession,
+    EnvironmentForbids,
+    EnvironmentNotFound,
     Forbidden,
     IdempotencyInFlight,
     IdempotencyMismatch,
@@ -62,7 +64,15 @@ class InterruptBody(BaseModel):
     "",
     status_code=201,
     response_model=Session,
-    responses=responses(Forbidden, BoundToSession, ValidationFailed, IdempotencyInFlight, IdempotencyMismatch)
+    responses=responses(
+        Forbidden,
+        EnvironmentForbids,
+        BoundToSession,
+        EnvironmentNotFound,
+        ValidationFailed,
+        IdempotencyInFlight,
+        IdempotencyMismatch,
+    )
     | {201: example(EXAMPLE_SESSION, "The new session.")},
 )
 async def create_session(
@@ -114,7 +124,8 @@ async def get_session(session_id: SessionId, services: ServicesDep, principal: P
 @router.patch(
     "/{session_id}",
     response_model=Session,
-    responses=responses(SessionNotFound, Forbidden, ValidationFailed) | {200: example(EXAMPLE_SESSION)},
+    responses=responses(SessionNotFound, EnvironmentNotFound, Forbidden, EnvironmentForbids, ValidationFailed)
+    | {200: example(EXAMPLE_SESSION)},
 )
 async def update_session(
     session_id: SessionId,

@@ -58,6 +58,8 @@ EXAMPLE_SESSION = {
     "spec": {"model": "opus"},
     "workspace": {"type": "ephemeral"},
     "metadata": {"ticket": 42},
+    "environment": "default",
+    "environment_version": 0,
     "forked_from": None,
     "last_seq": 12,
     "turn_count": 1,

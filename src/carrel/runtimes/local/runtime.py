@@ -15,8 +15,8 @@ from typing import Any
 import structlog
 
 from carrel import abc
-from carrel.errors import DiskFull, SandboxLaunchFailed
-from carrel.model import GATEWAY_ONLY, Isolation, NetworkPolicy
+from carrel.errors import DiskFull, SandboxLaunchFailed, ValidationFailed
+from carrel.model import GATEWAY_ONLY, Isolation, NetworkPolicy, SandboxTemplate
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.runtimes.local import isolation as walls
 from carrel.runtimes.local import processes
@@ -25,6 +25,8 @@ from carrel.runtimes.local.cgroups import Caps
 from carrel.runtimes.local.nursery import Nursery
 
 log = structlog.get_logger(__name__)
+
+_PLAIN = SandboxTemplate()
 
 _GATEWAY_VARIABLES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_UNIX_SOCKET")
 
@@ -76,6 +78,18 @@ class LocalRuntime(abc.Runtime):
         await asyncio.to_thread(self._fence.open)
         exit_stack.callback(self._fence.close)
         await self._nursery.start(exit_stack)
+
+    def check(self, template: SandboxTemplate) -> None:
+        """Refuse what only containers have."""
+        of_containers = {"image", "platform", "oci_runtime", "mounts", "resources"}
+        given = [name for name in sorted(of_containers) if getattr(template, name) != getattr(_PLAIN, name)]
+        if given:
+            raise ValidationFailed(
+                f"sandbox.{given[0]}: the runtime local has none; leave it out, or name a runtime of containers"
+            )
+        network = template.network
+        if network is not None and network.mode == "allow" and self._isolation is not Isolation.BUBBLEWRAP:
+            raise ValidationFailed(f"sandbox.network: allow cannot hold with isolation {self._isolation}")
 
     async def launch(self, spec: abc.LaunchSpec) -> AsyncIterator[dict[str, Any]]:
         """Start a sandbox; see the contract."""

@@ -2,6 +2,7 @@
 
 from carrel.store.rows.audit import SqlAudit
 from carrel.store.rows.counts import SqlCounts
+from carrel.store.rows.environments import SqlEnvironments, SqlSecrets
 from carrel.store.rows.events import SqlEvents
 from carrel.store.rows.idempotency import SqlIdempotency
 from carrel.store.rows.interactions import SqlInteractions
@@ -20,6 +21,7 @@ __all__ = [
     "SqlAudit",
     "SqlCounts",
     "SqlDoomed",
+    "SqlEnvironments",
     "SqlEvents",
     "SqlIdempotency",
     "SqlInteractions",
@@ -27,6 +29,7 @@ __all__ = [
     "SqlNetwork",
     "SqlPools",
     "SqlSandboxes",
+    "SqlSecrets",
     "SqlSessions",
     "SqlSnapshots",
     "SqlTickets",

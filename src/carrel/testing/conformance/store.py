@@ -47,6 +47,7 @@ from carrel.model import (
     WorkspaceMode,
     new_id,
 )
+from carrel.protocol.environments import Environment, EnvironmentSpec, Secret
 from carrel.protocol.events import MessageAssistant, NewEvent, StoredEvent, ToolFinished, TurnCompleted
 from carrel.testing.conformance.checks import collect, must, must_equal, must_raise
 
@@ -1304,6 +1305,64 @@ async def sessions_are_found_by_text(open_store: OpenStore) -> None:
         must_equal(await found("100%"), [titled.id], "a per cent sign is one")
         must_equal(await found("of_it"), [titled.id], "an underscore is one")
         must_equal((await found("1%0"), await found("b_dget"), await found("\\")), ([], [], []), "and no pattern")
+
+
+# -------------------------------------------------------------------------------------------------------- environments
+
+
+def new_environment(name: str, version: int, **spec: Any) -> Environment:
+    """A version of an environment."""
+    return Environment(
+        name=name, version=version, spec=EnvironmentSpec.model_validate(spec), created_at=NOW, created_by="root"
+    )
+
+
+@_check
+async def an_environment_has_its_versions(open_store: OpenStore) -> None:
+    """None is ever changed; the newest is what its name stands for."""
+    async with open_store(ignore) as store:
+        one = new_environment("dev", 1, description="один \U0001d11e", options={"tools": [], "model": "m"})
+        two = new_environment("dev", 2, sandbox={"network": {"allow": ["example.org"]}}, warm_pool=2)
+        other = new_environment("a.b", 1)
+        same = new_environment("dev", 2, description="another")
+        added = await store.write(lambda tx: [tx.environments.add(each) for each in (one, two, other, same)])
+        must_equal(added, [True, True, True, False], "a version is written once")
+        must_equal(await store.read(lambda tx: tx.environments.get("dev", 1)), one, "it comes back as it was")
+        must_equal(await store.read(lambda tx: tx.environments.get("dev")), two, "by its name, the newest")
+        must(await store.read(lambda tx: tx.environments.get("dev", 3)) is None, "no such version")
+        must(await store.read(lambda tx: tx.environments.get("nothing")) is None, "no such environment")
+        must_equal(await store.read(lambda tx: list(tx.environments.versions("dev"))), [two, one], "newest first")
+        first = await store.read(lambda tx: tx.environments.page(cursor=None, limit=1))
+        rest = await store.read(lambda tx: tx.environments.page(cursor=first.next_cursor, limit=1))
+        must_equal([*first.items, *rest.items], [other, two], "the newest of each, by name, in pages")
+        must(rest.next_cursor is None, "and no more")
+        inside = await add_session(store, environment="dev", environment_version=1)
+        his = await add_session(store, environment="dev", environment_version=2, owner="bob")
+        await add_session(store)
+        must_equal(await store.read(lambda tx: tx.sessions.get(inside.id)), inside, "a session keeps its version")
+        must_equal(await store.read(lambda tx: tx.environments.sessions("dev")), 2, "who is in it")
+        must_equal(await store.read(lambda tx: tx.environments.sessions("dev", "bob")), 1, "of one owner")
+        await store.write(lambda tx: tx.sessions.mark_deleting(his.id))
+        must_equal(await store.read(lambda tx: tx.environments.sessions("dev")), 1, "a deleted one is not")
+        await store.write(lambda tx: tx.environments.remove("dev"))
+        must(await store.read(lambda tx: tx.environments.get("dev", 1)) is None, "it goes with all of its versions")
+        must_equal(await store.read(lambda tx: tx.environments.get("a.b")), other, "and no other goes")
+
+
+@_check
+async def a_secret_is_kept_as_it_was_sealed(open_store: OpenStore) -> None:
+    """One of each name; what is put again stands in its place."""
+    async with open_store(ignore) as store:
+        secret = Secret(name="TOKEN", key_id="k1", sealed="c2VhbGVk" * 2000, created_at=NOW, updated_at=NOW)
+        again = secret.model_copy(update={"sealed": "eA==", "key_id": "k2", "updated_by": "root"})
+        other = secret.model_copy(update={"name": "OTHER"})
+        await store.write(lambda tx: [tx.secrets.put(each) for each in (secret, other)])
+        must_equal(await store.read(lambda tx: tx.secrets.get("TOKEN")), secret, "it comes back as it was")
+        await store.write(lambda tx: tx.secrets.put(again))
+        must_equal(await store.read(lambda tx: list(tx.secrets.all())), [other, again], "by name, each once")
+        must(await store.write(lambda tx: tx.secrets.remove("TOKEN")), "it is removed")
+        must(not await store.write(lambda tx: tx.secrets.remove("TOKEN")), "and is not there any more")
+        must(await store.read(lambda tx: tx.secrets.get("TOKEN")) is None, "nor found")
 
 
 @_check
