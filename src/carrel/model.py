@@ -13,7 +13,16 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from carrel import hostnames
 
@@ -327,9 +336,17 @@ class NetworkPolicy(Frozen):
         return self.mode if self.mode != "allow" else f"allow {', '.join(self.allow)}"
 
 
+def _written(value: Any) -> Any:
+    """Nothing but the forms that are documented: a policy's own fields are not among them."""
+    if isinstance(value, str | NetworkPolicy) or (isinstance(value, dict) and value.keys() == {"allow"}):
+        return value
+    raise ValueError('must be "gateway-only", "open", or {"allow": [names]}')
+
+
 _NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1000}
 GivenNetwork = Annotated[
     NetworkPolicy,
+    BeforeValidator(_written),
     WithJsonSchema(
         {
             "anyOf": [

@@ -162,3 +162,18 @@ def test_a_query_is_a_session_and_a_turn() -> None:
     assert (turn.prompt, turn.wait, turn.max_turns) == ("hi", True, 2)
     with pytest.raises(ValidationError):
         Query.model_validate({"permission_mode": "plan"})
+
+
+@pytest.mark.parametrize("network", ["open", "gateway-only", {"allow": ["a.org", "*.b.org:8443"]}])
+def test_a_network_policy_is_stored_as_it_is_written(network):
+    spec = SessionSpec.model_validate({"network": network})
+    assert spec.model_dump(mode="json", exclude_none=True) == {"network": network}
+    assert CreateSession.model_validate({"network": network}).spec() == spec
+
+
+@pytest.mark.parametrize(
+    "network", [{}, [], 0, "host", {"mode": "open"}, {"allow": []}, {"allow": "a.org"}, {"deny": []}]
+)
+def test_no_other_form_of_a_network_policy_is_taken(network):
+    with pytest.raises(ValidationError):
+        SessionSpec.model_validate({"network": network})
