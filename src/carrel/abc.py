@@ -167,6 +167,7 @@ class Runtime(ABC):
         Raises:
             SandboxLaunchFailed: it could not be started; what was begun is ended by `terminate` with the last checkpoint.
             DiskFull: likewise, for want of room on a disk.
+            RuntimeUnavailable: likewise, because whoever makes sandboxes does not answer.
         """
 
     @abstractmethod
@@ -174,6 +175,9 @@ class Runtime(ABC):
         """End the sandbox of this checkpoint and every process in it. May be called at any time, and again.
 
         When it returns, nothing of the sandbox runs.
+
+        Raises:
+            RuntimeUnavailable: whoever would end it does not answer; to be called again.
         """
 
     @abstractmethod
@@ -186,7 +190,13 @@ class Runtime(ABC):
 
     @abstractmethod
     async def measure(self, states: Mapping[str, Mapping[str, Any]]) -> Mapping[str, SandboxUsage]:
-        """What each sandbox takes now, by its id; one of which nothing runs is left out. Called every second."""
+        """What each sandbox takes now, by its id; one of which nothing runs is left out. Called every second.
+
+        One that has ended of a cap may be told of, with that cap, until it is terminated.
+
+        Raises:
+            RuntimeUnavailable: whoever would know does not answer.
+        """
 
     @abstractmethod
     async def owned(self) -> Mapping[str, dict[str, Any]]:
@@ -195,6 +205,13 @@ class Runtime(ABC):
     @abstractmethod
     def logs(self, state: Mapping[str, Any]) -> AsyncIterator[str]:
         """The lines its runner and agent have written so far; none where there is nothing."""
+
+    async def watch(self, heard: Callable[[str], None]) -> None:  # noqa: B027  (most have nothing to tell)
+        """Tell of sandboxes to which something has happened from outside, by their ids, as soon as it is known.
+
+        It is a hint to look, nothing is promised of it. Called once, after `start`; runs until it is cancelled, or
+        ends at once where there is nothing to tell: a runner that is gone is missed by its connection anyhow.
+        """
 
 
 # --------------------------------------------------------------------------------------------------------------- bus

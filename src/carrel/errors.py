@@ -92,6 +92,7 @@
         ├── InvalidSettings
         ├── DataFolderInUse
         ├── IsolationUnavailable
+        ├── EngineUnavailable
         ├── UnsafeConfiguration
         ├── MigrationRequired
         ├── ForeignDatabase
@@ -616,6 +617,10 @@ class DataFolderInUse(OperatorError):
 
 class IsolationUnavailable(OperatorError):
     """The isolation that is asked for is not available on this machine."""
+
+
+class EngineUnavailable(OperatorError):
+    """No Docker engine answers."""
 
 
 class UnsafeConfiguration(OperatorError):

@@ -11,6 +11,7 @@ POINTS: Final = frozenset(
         "turn.stored",
         "turn.started",
         "sandbox.stored",
+        "sandbox.checkpoint",
         "sandbox.forked",
         "bind.sent",
         "frames.received",

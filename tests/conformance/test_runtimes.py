@@ -1,11 +1,16 @@
 """Every runtime keeps its contract, and the suite catches those that do not."""
 
 import asyncio
+import http.client
+import json
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 import websockets.asyncio.server as ws
@@ -14,10 +19,13 @@ from websockets.exceptions import ConnectionClosed
 from carrel import abc
 from carrel.model import new_id
 from carrel.protocol.link import RUNNER_FRAME, Hello
+from carrel.runtimes.docker import Caps as ContainerCaps
+from carrel.runtimes.docker import ContainerOptions, DockerRuntime, DockerRuntimeOptions
 from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions, processes
 from carrel.runtimes.local.caps import Means
 from carrel.runtimes.local.cgroups import name_of
 from carrel.sessions.hub import LinkConnection
+from carrel.settings import load_settings
 from carrel.testing import FakeHost, FakeRuntime
 from carrel.testing.conformance import failures
 from carrel.testing.conformance import runtime as suite
@@ -249,3 +257,96 @@ async def test_the_death_of_the_preloaded_parent_costs_nobody_anything(local_har
         for spec in (before, after):
             await runtime.terminate((await runtime.owned())[spec.sandbox_id])
             assert local_harness.left(spec.sandbox_id) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ docker
+
+
+class EngineConnection(http.client.HTTPConnection):
+    """To the engine past all of our code."""
+
+    def __init__(self) -> None:
+        super().__init__("engine")
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect("/var/run/docker.sock")
+
+
+def engine(method: str, path: str) -> Any:
+    connection = EngineConnection()
+    try:
+        connection.request(method, path)
+        body = connection.getresponse().read()
+        return json.loads(body) if body else None
+    finally:
+        connection.close()
+
+
+class DockerHarness(RuntimeHarness):
+    def __init__(self, folder: Path, owner: tuple[int, int] | None) -> None:
+        self.folder = folder
+        self._owner = owner
+        self._hellos = Hellos()
+        self._number = 0
+        self.installation = new_id()
+        for name in ("gateway", "link"):
+            (folder / name).mkdir()
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        async def serve(connection: ws.ServerConnection) -> None:
+            with suppress(ConnectionClosed):
+                while True:
+                    self._hellos.take(await connection.recv(decode=False))
+
+        server = await ws.unix_serve(serve, str(self.folder / "link" / "link.sock"))
+        (self.folder / "link" / "link.sock").chmod(0o666)
+        stack.push_async_callback(server.wait_closed)
+        stack.callback(server.close)
+
+    def runtime(self) -> DockerRuntime:
+        return DockerRuntime(
+            DockerRuntimeOptions(
+                installation=self.installation,
+                folder=self.folder / "containers",
+                link_folder=self.folder / "link",
+                gateway_folder=self.folder / "gateway",
+                containers=ContainerOptions(
+                    image=load_settings().docker.image,
+                    caps=ContainerCaps(memory_bytes=512 * 2**20, processes=64, cpus=1.5),
+                ),
+                reconnect_window_seconds=30,
+            )
+        )
+
+    def spec(self) -> abc.LaunchSpec:
+        self._number += 1
+        return make_spec(self.folder, self._number, self._owner)
+
+    async def hello(self, sandbox_id: str) -> Hello:
+        return await self._hellos.of(sandbox_id)
+
+    async def kill(self, sandbox_id: str) -> None:
+        await asyncio.to_thread(engine, "POST", f"/containers/carrel-{sandbox_id}/kill")
+
+    def left(self, sandbox_id: str) -> list[str]:
+        filters = quote(json.dumps({"label": [f"carrel.sandbox={sandbox_id}"]}))
+        found = [each["Names"][0] for each in engine("GET", f"/containers/json?all=1&filters={filters}")]
+        folder = self.folder / "containers" / sandbox_id
+        return found + ([str(folder)] if folder.exists() else [])
+
+
+@pytest.fixture
+async def docker_harness(tmp_path: Path) -> AsyncIterator[DockerHarness]:
+    async with AsyncExitStack() as stack:
+        harness = DockerHarness(tmp_path, (61_234, 61_234) if os.geteuid() == 0 else None)
+        await harness.start(stack)
+        yield harness
+
+
+@pytest.mark.requires("docker", "sandbox-image")
+@pytest.mark.parametrize("check", suite.CHECKS.values(), ids=suite.CHECKS)
+async def test_docker_runtime(
+    check: Callable[[RuntimeHarness], Awaitable[None]], docker_harness: DockerHarness
+) -> None:
+    await check(docker_harness)

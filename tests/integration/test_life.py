@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from carrel.cli.server import bundled_cli, running
+from carrel.cli.runtimes import bundled_cli
+from carrel.cli.server import running
 from carrel.settings import load_settings
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]

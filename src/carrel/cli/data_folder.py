@@ -15,6 +15,7 @@ from pathlib import Path
 
 from carrel import __version__
 from carrel.errors import DataFolderInUse, OperatorError
+from carrel.model import new_id
 from carrel.settings import Settings
 
 __all__ = ["DataFolder", "lock_data_folder"]
@@ -50,8 +51,20 @@ class DataFolder:
         self.private = run
         self.sandbox_side = run / "sandbox"
         self.link_socket = run / "link.sock"
+        self.containers_link = run / "containers" / "link.sock"
         run.mkdir(mode=0o700, exist_ok=True)
+        # Whoever is in a container can come to this one; on the host the folder above is closed to all but us.
+        self.containers_link.parent.mkdir(mode=0o755, exist_ok=True)
         self.sandbox_side.mkdir(mode=0o755, exist_ok=True)
+
+    def installation(self) -> str:
+        """By which what we make outside of this folder is told from what others make; another one's for a copy."""
+        path = self._data / "installation"
+        if not path.exists():
+            whole = self._data / "installation.new"
+            whole.write_text(new_id() + "\n")
+            whole.rename(path)
+        return path.read_text().strip()
 
     def announce(self, listeners: Mapping[str, str], stack: AsyncExitStack) -> None:
         """Let the command line find this server."""
@@ -77,4 +90,5 @@ def _short_folder(data: Path) -> Path:
 def _remove_if_empty(run: Path) -> None:
     with contextlib.suppress(OSError):
         (run / "sandbox").rmdir()
+        (run / "containers").rmdir()
         run.rmdir()

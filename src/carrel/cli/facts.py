@@ -109,7 +109,7 @@ def _read(path: str) -> str:
 
 
 def _cli_path(settings: Settings) -> str | None:
-    from carrel.cli.server import bundled_cli
+    from carrel.cli.runtimes import bundled_cli
 
     try:
         path = settings.cli_path or bundled_cli()

@@ -125,7 +125,9 @@ class _WebSocketLink(LinkConnection):
         await self._connection.close()
 
 
-async def serve_link(hub: Hub, path: Path, max_frame_bytes: int, stack: AsyncExitStack) -> None:
+async def serve_link(
+    hub: Hub, path: Path, max_frame_bytes: int, stack: AsyncExitStack, *, everyone: bool = False
+) -> None:
     path.unlink(missing_ok=True)
 
     async def handle(connection: ws.ServerConnection) -> None:
@@ -134,7 +136,7 @@ async def serve_link(hub: Hub, path: Path, max_frame_bytes: int, stack: AsyncExi
     server = await ws.unix_serve(
         handle, str(path), max_size=max_frame_bytes * 2, compression=None, ping_interval=20, ping_timeout=60
     )
-    path.chmod(0o600)
+    path.chmod(0o666 if everyone else 0o600)
 
     async def close() -> None:
         server.close()

@@ -26,10 +26,11 @@ from carrel.cli.dialects import dialect_options, say_dialects
 from carrel.cli.direct import check_direct, direct_environment
 from carrel.cli.drain import drain
 from carrel.cli.listening import listen, serve_link, serve_unix
+from carrel.cli.runtimes import choose_runtimes
 from carrel.cli.seen import Seen, build_edges, configure_logs
 from carrel.cli.storage import open_store
 from carrel.egress import Dialler, EgressLimits, EgressProxy, Judge, Ledger
-from carrel.errors import InvalidSettings, OperatorError
+from carrel.errors import InvalidSettings
 from carrel.model import Isolation, utc_now
 from carrel.model_gateway import credentials, scripted
 from carrel.model_gateway.app import ModelGateway
@@ -37,7 +38,6 @@ from carrel.model_gateway.meter import Meter
 from carrel.model_gateway.prices import Prices
 from carrel.protocol.bootstrap import EGRESS_SOCKET
 from carrel.protocol.spec import SessionSpec
-from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
@@ -194,9 +194,9 @@ async def _build(
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
     defaults = SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"}))
-    runtimes = Runtimes([LocalRuntime(_runtime_options(settings, folder, direct))])
+    runtimes = await choose_runtimes(settings, folder, store, direct)
     await runtimes.start(stack)
-    own_users = os.geteuid() == 0 and isolation is Isolation.BUBBLEWRAP
+    own_users = os.geteuid() == 0 and (isolation is Isolation.BUBBLEWRAP or "docker" in runtimes.names)
     folders = Folders(
         settings.data / "sessions",
         users=settings.users.base_dir or settings.data / "users",
@@ -240,6 +240,8 @@ async def _build(
     pool = Pool(store, owner, scheduler, shows_config=folders.shows)
     pool.want([Recipe(name=DEFAULT_POOL, size=settings.warm_pool, spec=defaults)])
     await pool.forget()
+    if "docker" in runtimes.names:
+        await serve_link(hub, folder.containers_link, settings.max_frame_bytes, stack, everyone=True)
     streams = Streams(store, bus, live, buffer_bytes=settings.stream_buffer_bytes, observer=seen.observer)
     service = SessionService(
         store,
@@ -303,27 +305,6 @@ async def _build(
     return _Parts(services, owner, hub, runtimes, reconciler, pool, guard, authenticator, source)
 
 
-def _runtime_options(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | None) -> LocalRuntimeOptions:
-    return LocalRuntimeOptions(
-        folder=settings.data / "sandboxes",
-        link_socket=folder.link_socket,
-        gateway_folder=folder.sandbox_side,
-        cli_path=settings.cli_path or bundled_cli(),
-        isolation=settings.isolation,
-        network=settings.network,
-        read_only_paths=tuple(settings.read_only_paths),
-        plugins=tuple(Path(plugin.path) for plugin in settings.plugins),
-        model_env=direct,
-        reconnect_window_seconds=settings.reconnect_window_seconds,
-        max_frame_bytes=settings.max_frame_bytes,
-        outbox_memory_bytes=settings.outbox_memory_bytes,
-        outbox_disk_bytes=settings.outbox_disk_bytes,
-        disk_reserve_bytes=settings.limits.disk_reserve_mb * 2**20,
-        caps=_caps(settings.limits),
-        caps_by=settings.limits.sandbox_caps,
-    )
-
-
 def _egress_limits(settings: Settings) -> EgressLimits:
     egress = settings.egress
     return EgressLimits(
@@ -342,26 +323,6 @@ def _memory_seen(guard: Guard, memory: Memory) -> dict[str, int]:
 def _memory(limits: Limits) -> Memory:
     most = None if limits.memory_mb is None else limits.memory_mb * 2**20
     return Memory(most, wait_seconds=limits.memory_wait_seconds)
-
-
-def _caps(limits: Limits) -> Caps:
-    memory = None if limits.sandbox_memory_mb is None else limits.sandbox_memory_mb * 2**20
-    return Caps(memory_bytes=memory, processes=limits.sandbox_processes, cpus=limits.sandbox_cpus)
-
-
-def bundled_cli() -> Path:
-    """The Claude Code program that comes with the Agent SDK.
-
-    Raises:
-        OperatorError: it is not there.
-    """
-    from importlib.util import find_spec
-
-    spec = find_spec("claude_agent_sdk")
-    path = Path(spec.origin).parent / "_bundled" / "claude" if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise OperatorError("The Claude Code program is missing. Install claude-agent-sdk anew, or set cli_path.")
-    return path
 
 
 async def _upstream(settings: Settings, folder: DataFolder, stack: AsyncExitStack) -> tuple[Any, httpx.AsyncClient]:

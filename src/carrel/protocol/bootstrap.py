@@ -63,6 +63,11 @@ class Bootstrap(Frozen):
     owner: tuple[int, int] | None = Field(default=None, description="User and group of the agent's files.")
     mounts: list[Mount] = Field(default=[], description="Made before anything else, in a mount namespace of its own.")
     mount_root: str | None = Field(default=None, description="An empty directory to mount them under.")
+    places: dict[str, tuple[int, int]] = Field(
+        default={},
+        description="Folders that must be these, by device and inode: whoever mounted them followed paths that an "
+        "agent may have changed.",
+    )
     subreaper: bool = Field(default=False, description="Adopt and end whatever the agent leaves behind.")
     egress: EgressRoad | None = Field(default=None, description="None: nothing but the gateway is reached, or all is.")
     reconnect_window_seconds: float = 300.0

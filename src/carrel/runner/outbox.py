@@ -20,7 +20,7 @@ class Outbox:
         """Make an empty outbox.
 
         Args:
-            spool_path: a file that is made when memory is full, and removed when it is no longer needed.
+            spool_path: where a file is made when memory is full; it has no name there while it is used.
             memory_bytes: how much is kept in memory.
             disk_bytes: how much more is kept on disk.
         """
@@ -74,7 +74,7 @@ class Outbox:
         if self._spool_end - first + len(frame) > self._disk_bound and not beyond:
             raise SpoolFull
         if self._spool_fd is None:
-            self._spool_fd = os.open(self._spool_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._spool_fd = _open_nameless(self._spool_path)
         if first - self._spool_start > self._disk_bound // 2:
             self._move_to_the_front(self._spool_fd, first)
         self._write(self._spool_fd, frame, self._spool_end - self._spool_start)
@@ -123,7 +123,14 @@ class Outbox:
         """Remove the file on disk, if there is one."""
         if self._spool_fd is not None:
             os.close(self._spool_fd)
-            self._spool_path.unlink(missing_ok=True)
         self._spool_fd = None
         self._spool_start = self._spool_end
         self._spooled.clear()
+
+
+def _open_nameless(path: Path) -> int:
+    """A file of no name: in a container it stands where the agent may write, and is to be read by nobody but us."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    path.unlink()
+    return fd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -55,11 +56,21 @@ class Guard:
         self._owner = owner
         self._scheduler = scheduler
         self._latest = Looked()
+        self._wake: set[str] = set()
+        self._woken = asyncio.Event()
 
     async def start(self, exit_stack: AsyncExitStack) -> None:
         """Look, each second from now on."""
         task = asyncio.create_task(self._repeat(), name="guard")
         exit_stack.callback(task.cancel)
+        for runtime in self._runtimes:
+            watching = asyncio.create_task(runtime.watch(self._heard), name=f"watch {runtime.name}")
+            exit_stack.callback(watching.cancel)
+
+    def _heard(self, sandbox_id: str) -> None:
+        """Something happened to this sandbox: look at once, and have its session looked at."""
+        self._wake.add(sandbox_id)
+        self._woken.set()
 
     def latest(self) -> Looked:
         """What was found last."""
@@ -67,6 +78,7 @@ class Guard:
 
     async def look(self) -> None:
         """Look once, and do what is due."""
+        told, self._wake = self._wake, set()
         sandboxes = await self._store.read(lambda tx: list(tx.sandboxes.not_gone()))
         usage = await self._runtimes.measure(sandboxes)
         self._latest = Looked(usage)
@@ -78,6 +90,8 @@ class Guard:
             found = usage.get(sandbox.id)
             if found is not None and found.excess is not None and sandbox.status is not SandboxStatus.ENDING:
                 self._end(sandbox, found, found.excess)
+            elif sandbox.id in told:
+                self._scheduler.poke(sandbox.session_id)
         if memory.limit_bytes is not None:
             over = self._latest.memory_bytes - memory.limit_bytes
             if over >= 0:
@@ -117,7 +131,9 @@ class Guard:
 
     async def _repeat(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), _LOOK_SECONDS)
+            self._woken.clear()
             try:
                 await self.look()
             except Exception:

@@ -24,6 +24,7 @@ from carrel.errors import (
     BudgetReached,
     CarrelError,
     DiskFull,
+    RuntimeUnavailable,
     SandboxLaunchFailed,
     SandboxLost,
     SandboxOutOfMemory,
@@ -165,6 +166,14 @@ class Owner:
 
     async def step(self, session_id: str) -> float | None:
         """Do what is due for this session. Answers in how many seconds to look again, or None."""
+        try:
+            return await self._step(session_id)
+        except RuntimeUnavailable as error:
+            # What runs there goes on, and what is to end there ends when it is back.
+            log.warning("runtime.unavailable", session=session_id, detail=error.operator_detail)
+            return _LOOK_AGAIN_SECONDS
+
+    async def _step(self, session_id: str) -> float | None:
         view = await self._store.read(lambda tx: steps.view(tx, session_id))
         _name_turn(view.live or next(iter(view.queued), None))
         if view.session is None:
@@ -279,11 +288,13 @@ class Owner:
         try:
             async for state in runtime.launch(spec):
                 await self._store.write_surely(lambda tx, s=state: tx.sandboxes.update(spec.sandbox_id, state=s))  # type: ignore[misc]
+                reached("sandbox.checkpoint")
             reached("sandbox.forked")
-        except DiskFull as error:
-            log.error("sandbox.disk_full", session=session.id, detail=error.operator_detail)
+        except (DiskFull, RuntimeUnavailable) as error:
+            # Neither is the session's fault: its next prompt may find it over.
+            log.error("sandbox.not_launched", session=session.id, code=error.code, detail=error.operator_detail)
             await self._store.write(lambda tx: tx.sandboxes.update(spec.sandbox_id, status=SandboxStatus.ENDING))
-            await self._fail_all(session.id, DiskFull(), stop_reason=StopReason.ERROR)
+            await self._fail_all(session.id, type(error)(), stop_reason=StopReason.ERROR)
             return 0.0
         except SandboxLaunchFailed as error:
             log.error("sandbox.launch_failed", session=session.id, detail=error.operator_detail)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -39,6 +39,9 @@ class Runtimes:
     def isolated(self) -> bool:
         """Whether an agent is walled off well enough to act without asking, wherever it runs."""
         return all(runtime.isolated for runtime in self._by_name.values())
+
+    def __iter__(self) -> Iterator[abc.Runtime]:
+        return iter(self._by_name.values())
 
     def named(self, name: str | None) -> abc.Runtime:
         """The runtime of this name; None: the default.

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from carrel import __version__
 from carrel.errors import UnsafeConfiguration
-from carrel.model import Budget, Isolation, NetworkPolicy, PermissionMode
+from carrel.model import Budget, HostFolder, Isolation, NetworkPolicy, PermissionMode
 from carrel.protocol.spec import SessionSpec
 
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -246,6 +247,37 @@ class DialectSettings(Group):
     auth: Literal["keys", "static-token", "jwt", "none"] = Field(default="keys", description="Who may call it.")
 
 
+class Docker(Group):
+    """Sandboxes that are containers."""
+
+    host: str = Field(
+        default="unix:///var/run/docker.sock",
+        description="Where the engine is: a socket of this host's, or a proxy's before it (`tcp://socket-proxy:2375`).",
+    )
+    image: str = Field(default=f"carrel-sandbox:{__version__}", description="What sandboxes are made of.")
+    platform: str | None = Field(default=None, description="Such as `linux/arm64`; default: the engine's own.")
+    oci_runtime: str | None = Field(default=None, description="Another runtime of the engine's, such as `runsc`.")
+    mounts: list[HostFolder] = Field(default=[], description="Folders of the engine's host that every sandbox sees.")
+    tmp_mb: int = Field(default=512, ge=16, description="The most in a sandbox's /tmp; it counts as its memory.")
+    shm_mb: int = Field(default=64, ge=1, description="The most in its /dev/shm; likewise.")
+    oom_score_adj: int = Field(
+        default=500, ge=0, le=1000, description="How readily the host's kernel ends it for want of memory."
+    )
+    stop_grace_seconds: int = Field(default=10, ge=0, description="What `docker stop` leaves it for its last words.")
+    wait_seconds: float = Field(default=30.0, ge=0, description="How long a launch waits for an engine that is away.")
+    data_on_host: Path | None = Field(
+        default=None,
+        description="Where the engine's host has the data folder; default: found out, where we run in a container.",
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _is_local(cls, value: str) -> str:
+        if not value.startswith(("unix:///", "tcp://")):
+            raise ValueError("must be unix:///PATH, or tcp://HOST:PORT of a proxy before an engine of this host")
+        return value
+
+
 class Observability(Group):
     """What is told to whom."""
 
@@ -286,6 +318,13 @@ class Settings(Group):
     anthropic_base_url: str = _outside("ANTHROPIC_BASE_URL", "https://api.anthropic.com", "The API's address.")
     anthropic_model: str | None = _outside("ANTHROPIC_MODEL", None, "The model of sessions that name none.")
 
+    runtime: Literal["local", "docker"] = Field(
+        default="local", description="What sandboxes are: processes of this host, or containers of a Docker engine."
+    )
+    runtimes: list[Literal["local", "docker"]] = Field(
+        default=[], description="Others that are at hand beside it, for environments to choose from."
+    )
+    docker: Docker = Field(default=Docker(), description="Sandboxes that are containers.")
     isolation: Isolation | None = Field(
         default=None, description="`bubblewrap` (default), `container` (we are in one), or `none`."
     )

@@ -15,6 +15,11 @@ def outbox(folder: Path, memory: int = 100, disk: int = 1_000) -> Outbox:
     return Outbox(folder / "spool", memory_bytes=memory, disk_bytes=disk)
 
 
+def size_on_disk(box: Outbox) -> int:
+    assert box._spool_fd is not None
+    return os.fstat(box._spool_fd).st_size
+
+
 def kept(box: Outbox, n: int = 0) -> list[tuple[int, bytes]]:
     return list(box.after(n))
 
@@ -30,7 +35,7 @@ def test_frames_are_kept_in_order_until_acknowledged(tmp_path: Path) -> None:
     box.ack(1)
     assert (len(box), box.last_acked, box.next_number) == (1, 2, 4)
     assert kept(box) == [(3, b"three")]
-    assert not (tmp_path / "spool").exists()
+    assert box._spool_fd is None
 
 
 def test_what_memory_does_not_hold_goes_to_disk_and_back(tmp_path: Path) -> None:
@@ -38,9 +43,8 @@ def test_what_memory_does_not_hold_goes_to_disk_and_back(tmp_path: Path) -> None
     frames = [bytes([65 + i]) * 40 for i in range(10)]
     for frame in frames:
         box.put(frame)
-    spool = tmp_path / "spool"
-    assert spool.stat().st_size == 8 * 40
-    assert spool.stat().st_mode & 0o777 == 0o600
+    assert size_on_disk(box) == 8 * 40
+    assert not any(tmp_path.iterdir()), "what is on disk has no name by which an agent could find it"
     assert kept(box) == list(enumerate(frames, start=1))
     box.ack(5)
     assert kept(box) == list(enumerate(frames, start=1))[5:]
@@ -48,10 +52,10 @@ def test_what_memory_does_not_hold_goes_to_disk_and_back(tmp_path: Path) -> None
     box.put(b"after")
     assert kept(box)[-1] == (11, b"after"), "order is kept: what comes later goes behind what is on disk"
     box.ack(11)
-    assert not spool.exists()
+    assert box._spool_fd is None
     assert len(box) == 0
     box.put(b"x" * 90)
-    assert not spool.exists(), "memory is used again"
+    assert box._spool_fd is None, "memory is used again"
 
 
 def test_a_frame_larger_than_memory_is_kept_all_the_same(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_a_spool_that_is_never_empty_does_not_grow_for_ever(tmp_path: Path) -> N
         if i > 4:
             box.ack(i - 3)
             assert kept(box) == [(n, bytes([n]) * 100) for n in (i - 2, i - 1, i)]
-        assert (tmp_path / "spool").stat().st_size <= 1_500
+        assert size_on_disk(box) <= 1_500
     reading = box.after(0)
     assert next(reading) == (197, bytes([197]) * 100)
     for i in range(200, 206):
@@ -114,14 +118,26 @@ def test_a_spool_that_is_never_empty_does_not_grow_for_ever(tmp_path: Path) -> N
     assert list(reading) == [(n, bytes([n]) * 100) for n in (198, 199)], "moving disturbs no reader"
 
 
-def test_closing_removes_the_file(tmp_path: Path) -> None:
+def test_closing_gives_the_room_back(tmp_path: Path) -> None:
     box = outbox(tmp_path, memory=0)
     box.put(b"a")
     box.put(b"b")
-    assert (tmp_path / "spool").exists()
+    assert box._spool_fd is not None
     box.close()
     box.close()
-    assert not (tmp_path / "spool").exists()
+    assert box._spool_fd is None
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_stands_at_the_place_of_the_spool_is_not_written_through(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"mine")
+    (tmp_path / "spool").symlink_to(elsewhere)
+    box = outbox(tmp_path, memory=0)
+    box.put(b"a")
+    box.put(b"b")
+    assert elsewhere.read_bytes() == b"mine"
+    box.close()
 
 
 @pytest.mark.parametrize("seed", range(20))

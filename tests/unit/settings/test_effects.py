@@ -15,6 +15,7 @@ from carrel.settings.names import leaves
 TESTS = Path(__file__).resolve().parents[2]
 
 _CAPS = "integration/test_caps.py::"
+_DOCKER = "integration/test_docker.py::"
 _EFFECTS = "integration/test_settings_effects.py::"
 _DEFAULTS = "integration/test_session_defaults.py::"
 _MODES = "isolation/test_isolation_modes.py::"
@@ -36,6 +37,24 @@ EFFECTS: dict[str, str] = {
     "claude_code_oauth_token": _EFFECTS + "test_the_credential_and_the_apis_address",
     "anthropic_base_url": _EFFECTS + "test_the_credential_and_the_apis_address",
     "anthropic_model": "integration/test_options.py::test_a_session_of_its_own_model_default",
+    "runtime": _DOCKER + "test_a_turn_with_tools_in_a_container_of_its_own",
+    "runtimes": "unit/cli/test_runtimes.py::test_the_default_comes_first_then_those_beside_it",
+    "docker.host": _DOCKER + "test_an_engine_that_is_away_is_waited_for_then_said_to_be",
+    "docker.wait_seconds": _DOCKER + "test_an_engine_that_is_away_is_waited_for_then_said_to_be",
+    "docker.image": _DOCKER + "test_an_image_that_is_missing_is_named",
+    "docker.data_on_host": _DOCKER + "test_the_host_may_have_the_data_folder_elsewhere",
+    **{
+        f"docker.{name}": _DOCKER + "test_the_wall_is_as_the_settings_say"
+        for name in (
+            "platform",
+            "oci_runtime",
+            "mounts",
+            "tmp_mb",
+            "shm_mb",
+            "oom_score_adj",
+            "stop_grace_seconds",
+        )
+    },
     "isolation": _MODES + "test_in_a_container_agents_act_unasked_and_the_start_says_so",
     "network": _MODES + "test_network_host_reaches_the_host_and_its_api_wants_a_key",
     "egress.private_networks": "integration/test_network.py::test_a_bash_tool_reaches_what_is_allowed_and_nothing_else",

@@ -14,12 +14,9 @@ from carrel.errors import IsolationUnavailable
 from carrel.model import GATEWAY_ONLY, Isolation, NetworkPolicy
 from carrel.protocol.bootstrap import EGRESS_SOCKET, EgressRoad, Mount
 from carrel.runtimes.local import seccomp
+from carrel.runtimes.view import GATEWAY_SOCKET, HOME, PLUGINS, WORKSPACE, environment
 
-WORKSPACE = "/workspace"
-HOME = "/home/agent"
-GATEWAY_SOCKET = "/run/carrel/gateway.sock"
 _PROGRAM = "/opt/carrel/claude"
-_PLUGINS = "/opt/carrel/plugins"
 _SHOWN_IN_ETC = (
     "alternatives",
     "ca-certificates",
@@ -105,21 +102,7 @@ def wrap(
     isolation: Isolation, network: NetworkPolicy, place: Place, *, read_only: list[str], sandbox_id: str
 ) -> Wrapped:
     """Prepare the wall of one sandbox; writes what it needs into the sandbox's folder."""
-    env = {
-        "CARREL_SANDBOX": sandbox_id,
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "TERM": "dumb",
-        "SHELL": "/bin/bash",
-        "USER": "agent",
-        "LOGNAME": "agent",
-        "IS_SANDBOX": "1",
-        "ANTHROPIC_BASE_URL": "http://gateway",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "DISABLE_TELEMETRY": "1",
-        "DISABLE_AUTOUPDATER": "1",
-        "DISABLE_ERROR_REPORTING": "1",
-    }
+    env = environment(sandbox_id)
     if isolation is not Isolation.BUBBLEWRAP:
         env |= {"HOME": str(place.home), "ANTHROPIC_UNIX_SOCKET": str(place.gateway_folder / "gateway.sock")}
         return Wrapped(
@@ -193,7 +176,7 @@ def wrap(
         late_env_path=str(arguments),
         mounts=mounts,
         mount_root=root,
-        plugins=[f"{_PLUGINS}/{name.removeprefix('plugin-')}" for name in plugins],
+        plugins=[f"{PLUGINS}/{name.removeprefix('plugin-')}" for name in plugins],
         egress=egress,
     )
 
@@ -267,7 +250,7 @@ def _view(shown: dict[str, Path], network: NetworkPolicy, read_only: list[str]) 
     flags += ["--ro-bind", str(shown["claude"]), _PROGRAM]
     for name, path in shown.items():
         if name.startswith("plugin-"):
-            flags += ["--ro-bind", str(path), f"{_PLUGINS}/{name.removeprefix('plugin-')}"]
+            flags += ["--ro-bind", str(path), f"{PLUGINS}/{name.removeprefix('plugin-')}"]
     flags += ["--bind", str(shown["home"]), HOME, "--bind", str(shown["workspace"]), WORKSPACE, "--chdir", WORKSPACE]
     return [*flags, "--remount-ro", "/"]
 

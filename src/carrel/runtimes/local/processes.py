@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-MARK = "CARREL_SANDBOX"
-"""The environment variable that every process of a sandbox carries; its value is the sandbox's id."""
+from carrel.runtimes.view import MARK
 
 
 def marked(sandbox_id: str | None = None) -> Iterator[tuple[int, str]]:

@@ -23,12 +23,11 @@ from carrel.runtimes.local import processes
 from carrel.runtimes.local.caps import Fence, Means
 from carrel.runtimes.local.cgroups import Caps
 from carrel.runtimes.local.nursery import Nursery
+from carrel.runtimes.view import with_model
 
 log = structlog.get_logger(__name__)
 
 _PLAIN = SandboxTemplate()
-
-_GATEWAY_VARIABLES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_UNIX_SOCKET")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ class LocalRuntime(abc.Runtime):
             home=spec.home,
             config_dir=wrapped.config_dir,
             plugins=wrapped.plugins,
-            agent_env=self._agent_env(wrapped.env),
+            agent_env=with_model(wrapped.env, options.model_env),
             direct=options.model_env is not None,
             late_env_path=wrapped.late_env_path,
             owner=spec.owner,
@@ -159,12 +158,6 @@ class LocalRuntime(abc.Runtime):
             outbox_disk_bytes=options.outbox_disk_bytes,
             disk_reserve_bytes=options.disk_reserve_bytes,
         )
-
-    def _agent_env(self, env: dict[str, str]) -> dict[str, str]:
-        model = self._options.model_env
-        if model is None:
-            return env
-        return {name: value for name, value in env.items() if name not in _GATEWAY_VARIABLES} | dict(model)
 
     async def terminate(self, state: Mapping[str, Any]) -> None:
         """End the runner, then whatever carries the sandbox's mark, then its folder."""
