@@ -344,7 +344,7 @@ async def docker_harness(tmp_path: Path) -> AsyncIterator[DockerHarness]:
         yield harness
 
 
-@pytest.mark.requires("docker", "sandbox-image")
+@pytest.mark.requires("docker", "images")
 @pytest.mark.parametrize("check", suite.CHECKS.values(), ids=suite.CHECKS)
 async def test_docker_runtime(
     check: Callable[[RuntimeHarness], Awaitable[None]], docker_harness: DockerHarness

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.cli, pytest.mark.requires("docker", "sandbox-image"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.cli, pytest.mark.requires("docker", "images"), pytest.mark.timeout(120)]
 
 Json = dict[str, Any]
 SOCKET = "/var/run/docker.sock"

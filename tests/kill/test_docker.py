@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.cli, pytest.mark.requires("docker", "sandbox-image"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.cli, pytest.mark.requires("docker", "images"), pytest.mark.timeout(120)]
 
 
 def containers(data: Any) -> list[str]:
