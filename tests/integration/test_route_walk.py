@@ -59,6 +59,9 @@ ADMINISTRATIVE = {
     "DELETE /users/{user_id}": None,
     "GET /audit": None,
     "PUT /environments/{environment_id}": {},
+    "GET /secrets": None,
+    "PUT /secrets/{secret_id}": {"value": "stolen"},
+    "DELETE /secrets/{secret_id}": None,
     "DELETE /environments/{environment_id}": None,
     "GET /metrics": None,
 }
@@ -201,6 +204,7 @@ async def house(start: Any) -> Any:
             "workspace_id": shop["id"],
             "interaction_id": asked.id,
             "environment_id": "alices",
+            "secret_id": "ALICES",
             "session_id": session,
             "turn_id": turn,
             "path": "a.txt",

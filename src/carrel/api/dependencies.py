@@ -18,6 +18,7 @@ from carrel.model import ADMIN, Principal, Scope, new_id
 from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
+from carrel.sessions.secrets import Secrets
 from carrel.sessions.service import SessionService
 from carrel.sessions.spending import Spending
 from carrel.sessions.workspaces import NamedWorkspaces
@@ -32,6 +33,7 @@ class Services:
     workspaces: NamedWorkspaces
     interactions: Interactions
     environments: Environments
+    secrets: Secrets
     spending: Spending
     history: History
     authenticator: Authenticator | None

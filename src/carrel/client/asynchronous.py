@@ -25,6 +25,7 @@ from carrel.client.types import (
     Frame,
     Message,
     NamedWorkspace,
+    Secret,
     Session,
     Turn,
     UsageReport,
@@ -36,7 +37,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["AsyncCarrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Secret)
 
 
 class AsyncCarrel:
@@ -77,6 +78,7 @@ class AsyncCarrel:
         self.files = AsyncFiles(wire)
         self.workspaces = AsyncWorkspaces(wire)
         self.environments = AsyncEnvironments(wire)
+        self.secrets = AsyncSecrets(wire)
         self.keys = AsyncKeys(wire)
         self.users = AsyncUsers(wire)
         self.usage = AsyncSpending(wire)
@@ -397,6 +399,25 @@ class AsyncEnvironments:
     async def delete(self, name: str) -> None:
         """Delete it with all of its versions. Raises EnvironmentInUse while sessions are in it. For admins."""
         await self._wire.send(calls.delete_environment(name))
+
+
+class AsyncSecrets:
+    """Secrets of environments: written, and never read back. For admins."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def put(self, name: str, value: str) -> None:
+        """Keep a secret; what stood under its name is gone. Raises SecretsLocked where the operator has given no key."""
+        await self._wire.send(calls.put_secret(name, value))
+
+    def list(self) -> AsyncIterator[Secret]:
+        """Every secret, without its value, by name."""
+        return self._wire.items(calls.list_secrets())
+
+    async def delete(self, name: str) -> None:
+        """Forget a secret. Raises SecretInUse while environments use it."""
+        await self._wire.send(calls.delete_secret(name))
 
 
 class AsyncKeys:

@@ -23,6 +23,7 @@ __all__ = [
     "Message",
     "NamedWorkspace",
     "Page",
+    "Secret",
     "Session",
     "Turn",
     "UsageReport",
@@ -98,6 +99,16 @@ class Environment(_Told):
     """What the environment says; what nobody has named is left out."""
     created_at: datetime
     created_by: str | None = None
+
+
+class Secret(_Told):
+    """A secret of environments, without its value."""
+
+    name: str
+    key_id: str
+    created_at: datetime
+    updated_at: datetime
+    updated_by: str | None = None
 
 
 class FileEntry(_Told):

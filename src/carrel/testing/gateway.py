@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from carrel.sessions.pool import Pool, Recipe
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.secrets import Keyring, Secrets
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.streams import Streams
 from carrel.sessions.workspaces import NamedWorkspaces
@@ -67,6 +69,7 @@ class FakeGateway:
         observer: abc.Observer = abc.Observer(),
         memory: Memory | None = None,
         pool: Recipe | None = None,
+        keys: Sequence[bytes] = (bytes(32),),
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -84,6 +87,7 @@ class FakeGateway:
             buffer_bytes: how much waits for a viewer that does not read.
             observer: told of what happens.
             memory: the soft limit on what sandboxes take; None: none.
+            keys: what secrets are sealed with.
             pool: the warm pool of sessions that name no environment; None: none.
         """
         self.host = host
@@ -104,6 +108,8 @@ class FakeGateway:
             max_concurrent_turns=max_concurrent_turns,
         )
         self.live.observers.append(self.admission.heard)
+        secrets = Secrets(self.store, Keyring(keys))
+        owner_options = replace(owner_options, exposed=secrets.exposed)
         self.owner = Owner(
             self.store,
             self.runtimes,
@@ -132,6 +138,7 @@ class FakeGateway:
             pool=self.pool,
         )
         self.interactions = Interactions(self.store, self.hub)
+        self.secrets = secrets
         self.environments = Environments(
             self.store,
             check=lambda spec: check_environment(
