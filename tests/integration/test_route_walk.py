@@ -59,6 +59,9 @@ ADMINISTRATIVE = {
     "DELETE /users/{user_id}": None,
     "GET /audit": None,
     "PUT /environments/{environment_id}": {},
+    "GET /secrets": None,
+    "PUT /secrets/{secret_id}": {"value": "stolen"},
+    "DELETE /secrets/{secret_id}": None,
     "DELETE /environments/{environment_id}": None,
     "GET /metrics": None,
 }
@@ -205,6 +208,7 @@ async def house(start: Any) -> Any:
         published = await api.ask("POST", f"/sessions/{session}/artifacts", 201, json=path, headers=as_alice)
         alice = {
             "environment_id": "alices",
+            "secret_id": "ALICES",
             "session_id": session,
             "turn_id": turn,
             "snapshot_id": kept["id"],

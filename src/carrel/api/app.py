@@ -27,6 +27,7 @@ from carrel.api.routes import (
     models,
     network,
     query,
+    secrets,
     sessions,
     snapshots,
     tickets,
@@ -79,6 +80,7 @@ def create_app(services: Services) -> FastAPI:
         workspaces.router,
         interactions.router,
         environments.router,
+        secrets.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
     app.include_router(health.router)

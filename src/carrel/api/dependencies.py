@@ -20,6 +20,7 @@ from carrel.sessions.diffs import Diffs
 from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
+from carrel.sessions.secrets import Secrets
 from carrel.sessions.service import SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
@@ -38,6 +39,7 @@ class Services:
     snapshots: Snapshots
     artifacts: Artifacts
     diffs: Diffs
+    secrets: Secrets
     spending: Spending
     history: History
     authenticator: Authenticator | None

@@ -17,6 +17,7 @@ from carrel.cli import (
     chat,
     demo,
     doctor,
+    environments,
     importing,
     keys,
     migrate,
@@ -53,6 +54,8 @@ app.add_typer(importing.app, name="import")
 app.add_typer(keys.app, name="keys")
 app.add_typer(users.app, name="users")
 app.add_typer(token.app, name="token")
+app.add_typer(environments.app, name="env")
+app.add_typer(environments.secrets, name="secrets")
 app.command("usage")(usage.usage)
 app.command("settings")(settings.settings)
 app.command("socket-proxy")(socket_proxy.socket_proxy)

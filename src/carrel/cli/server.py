@@ -54,6 +54,7 @@ from carrel.sessions.pool import DEFAULT_POOL, Pool, Recipe
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.secrets import Keyring, Secrets
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
@@ -209,6 +210,8 @@ async def _build(
         make_user_directories=settings.users.auto_create_dir,
     )
     allow_bypass = runtimes.isolated or settings.allow_bypass_without_isolation
+    secrets = Secrets(store, Keyring.of_text(_secret(settings.secrets_key) or ""))
+    await secrets.start()
     scheduler: Scheduler
     hub = Hub(store, live, lambda session_id: scheduler.poke(session_id), seen.observer)
     admission = Admission(
@@ -235,6 +238,7 @@ async def _build(
             default_model=settings.anthropic_model,
             mcp_servers=settings.mcp_servers,
             defaults=defaults,
+            exposed=secrets.exposed,
             allowances=allowances,
             network=settings.network,
         ),
@@ -289,6 +293,7 @@ async def _build(
         sessions=service,
         workspaces=workspaces,
         interactions=Interactions(store, hub),
+        secrets=secrets,
         environments=Environments(
             store,
             check=lambda spec: check_environment(

@@ -25,6 +25,7 @@ from carrel.client.types import (
     Frame,
     Message,
     NamedWorkspace,
+    Secret,
     Session,
     Snapshot,
     Turn,
@@ -37,7 +38,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["AsyncCarrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot, Secret)
 
 
 class AsyncCarrel:
@@ -79,6 +80,7 @@ class AsyncCarrel:
         self.snapshots = AsyncSnapshots(wire)
         self.workspaces = AsyncWorkspaces(wire)
         self.environments = AsyncEnvironments(wire)
+        self.secrets = AsyncSecrets(wire)
         self.keys = AsyncKeys(wire)
         self.users = AsyncUsers(wire)
         self.usage = AsyncSpending(wire)
@@ -424,6 +426,25 @@ class AsyncEnvironments:
     async def delete(self, name: str) -> None:
         """Delete it with all of its versions. Raises EnvironmentInUse while sessions are in it. For admins."""
         await self._wire.send(calls.delete_environment(name))
+
+
+class AsyncSecrets:
+    """Secrets of environments: written, and never read back. For admins."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    async def put(self, name: str, value: str) -> None:
+        """Keep a secret; what stood under its name is gone. Raises SecretsLocked where the operator has given no key."""
+        await self._wire.send(calls.put_secret(name, value))
+
+    def list(self) -> AsyncIterator[Secret]:
+        """Every secret, without its value, by name."""
+        return self._wire.items(calls.list_secrets())
+
+    async def delete(self, name: str) -> None:
+        """Forget a secret. Raises SecretInUse while environments use it."""
+        await self._wire.send(calls.delete_secret(name))
 
 
 class AsyncKeys:

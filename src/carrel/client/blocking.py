@@ -25,6 +25,7 @@ from carrel.client.types import (
     Frame,
     Message,
     NamedWorkspace,
+    Secret,
     Session,
     Snapshot,
     Turn,
@@ -37,7 +38,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Carrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot, Secret)
 
 
 class Carrel:
@@ -79,6 +80,7 @@ class Carrel:
         self.snapshots = Snapshots(wire)
         self.workspaces = Workspaces(wire)
         self.environments = Environments(wire)
+        self.secrets = Secrets(wire)
         self.keys = Keys(wire)
         self.users = Users(wire)
         self.usage = Spending(wire)
@@ -421,6 +423,25 @@ class Environments:
     def delete(self, name: str) -> None:
         """Delete it with all of its versions. Raises EnvironmentInUse while sessions are in it. For admins."""
         self._wire.send(calls.delete_environment(name))
+
+
+class Secrets:
+    """Secrets of environments: written, and never read back. For admins."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def put(self, name: str, value: str) -> None:
+        """Keep a secret; what stood under its name is gone. Raises SecretsLocked where the operator has given no key."""
+        self._wire.send(calls.put_secret(name, value))
+
+    def list(self) -> Iterator[Secret]:
+        """Every secret, without its value, by name."""
+        return self._wire.items(calls.list_secrets())
+
+    def delete(self, name: str) -> None:
+        """Forget a secret. Raises SecretInUse while environments use it."""
+        self._wire.send(calls.delete_secret(name))
 
 
 class Keys:

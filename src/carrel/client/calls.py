@@ -20,6 +20,7 @@ from carrel.client.types import (
     Message,
     NamedWorkspace,
     Page,
+    Secret,
     Session,
     Snapshot,
     Turn,
@@ -31,7 +32,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Call", "Listing"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot, Secret)
 
 API = "/api/v1"
 EVENT_STREAM = "text/event-stream"
@@ -304,6 +305,18 @@ def list_environment_versions(name: str) -> Listing[Environment]:
 
 def delete_environment(name: str) -> Call[None]:
     return Call("DELETE", _environment(name), nothing)
+
+
+def put_secret(name: str, value: str) -> Call[None]:
+    return Call("PUT", f"{API}/secrets/{_part(name)}", nothing, json={"value": value})
+
+
+def list_secrets() -> Listing[Secret]:
+    return Listing(f"{API}/secrets", Secret, {})
+
+
+def delete_secret(name: str) -> Call[None]:
+    return Call("DELETE", f"{API}/secrets/{_part(name)}", nothing)
 
 
 # --------------------------------------------------------------------------------------------------- users and keys

@@ -23,6 +23,7 @@ __all__ = [
     "Message",
     "NamedWorkspace",
     "Page",
+    "Secret",
     "Session",
     "Snapshot",
     "Turn",
@@ -114,6 +115,16 @@ class Snapshot(_Told):
     stored_bytes: int
     files: int
     created_at: datetime
+
+
+class Secret(_Told):
+    """A secret of environments, without its value."""
+
+    name: str
+    key_id: str
+    created_at: datetime
+    updated_at: datetime
+    updated_by: str | None = None
 
 
 class FileEntry(_Told):

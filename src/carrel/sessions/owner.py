@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ from carrel.model import (
     new_id,
     utc_now,
 )
-from carrel.protocol.environments import Environment
+from carrel.protocol.environments import Environment, EnvironmentSpec
 from carrel.protocol.link import AgentFailed, Bind, Interrupt, SetModel, SetPermissionMode, Shutdown, StartTurn
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions import steps, transitions
@@ -96,6 +96,10 @@ class Folders(Protocol):
         """Remove what is the session's alone, and all that is in it."""
 
 
+async def _nothing_exposed(environment: EnvironmentSpec) -> Mapping[str, str]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnerOptions:
     """How long things may take, and what every agent is given."""
@@ -110,6 +114,8 @@ class OwnerOptions:
     """For every session's agent. A session's own win by name, and only they are part of its row."""
     defaults: SessionSpec = field(default_factory=SessionSpec)
     """The options of agents whose session and environment do not name them."""
+    exposed: Callable[[EnvironmentSpec], Awaitable[Mapping[str, str]]] = _nothing_exposed
+    """The secrets that agents of an environment are handed, by their variables. Raises SecretMissing."""
     allowances: Allowances = UNLIMITED
     network: NetworkPolicy = GATEWAY_ONLY
     """Of sandboxes whose template names none."""
@@ -256,6 +262,7 @@ class Owner:
             if environment is None:
                 raise SandboxLaunchFailed(operator_detail="the version of its environment is gone")
             runtime = self._runtimes.named(environment.spec.runtime)
+            await self._options.exposed(environment.spec)
         except SandboxLaunchFailed as error:
             log.error("sandbox.launch_failed", session=session.id, detail=error.operator_detail)
             await self._start_failed(session.id, error)
@@ -392,6 +399,16 @@ class Owner:
         spec, mode = self._agent_options(
             session, view.environment, isolated=self._runtimes.named(sandbox.runtime).isolated
         )
+        try:
+            exposed = await self._options.exposed(view.environment.spec) if view.environment is not None else {}
+        except SandboxLaunchFailed as error:  # it was there when the sandbox was launched
+            log.error("sandbox.bind_failed", session=session.id, detail=error.operator_detail)
+            await self._store.write(lambda tx: tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING))
+            await self._start_failed(session.id, error)
+            return
+        if exposed:
+            # They go to the runner by this frame alone, which nobody stores.
+            spec = spec.model_copy(update={"env_vars": {**(spec.env_vars or {}), **exposed}})
         link.bound = True
         link.live_options = (spec.model, mode)
         await link.tell(

@@ -382,6 +382,11 @@ class Settings(Group):
         default=[], description="Addresses whose X-Forwarded-For is believed; none by default."
     )
     database: Database = Field(default=Database(), description="Where rows are.")
+    secrets_key: SecretStr | None = Field(
+        default=None,
+        description="The key that secrets of environments are sealed with: 32 bytes in base64. Older ones behind it, with "
+        "a comma between, open what they have sealed; it is sealed anew at start. Without it, no secret is kept.",
+    )
     defaults: SessionDefaults = Field(default=SessionDefaults(), description="Options of sessions.")
     mcp_servers: dict[str, dict[str, Any]] = Field(default={}, description="MCP servers of every session, by name.")
     plugins: list[Plugin] = Field(default=[], description="Plugins of every session.")

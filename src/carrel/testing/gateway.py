@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from carrel.sessions.pool import Pool, Recipe
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.secrets import Keyring, Secrets
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.streams import Streams
@@ -74,6 +76,7 @@ class FakeGateway:
         memory: Memory | None = None,
         pool: Recipe | None = None,
         vault: FolderVault | None = None,
+        keys: Sequence[bytes] = (bytes(32),),
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -91,6 +94,7 @@ class FakeGateway:
             buffer_bytes: how much waits for a viewer that does not read.
             observer: told of what happens.
             memory: the soft limit on what sandboxes take; None: none.
+            keys: what secrets are sealed with.
             pool: the warm pool of sessions that name no environment; None: none.
             vault: where files are kept; None: nowhere.
         """
@@ -122,6 +126,8 @@ class FakeGateway:
             run_blocking=asyncio.to_thread,
         )
         self.live.observers.append(self.keeper.heard)
+        secrets = Secrets(self.store, Keyring(keys))
+        owner_options = replace(owner_options, exposed=secrets.exposed)
         self.owner = Owner(
             self.store,
             self.runtimes,
@@ -152,6 +158,7 @@ class FakeGateway:
             pool=self.pool,
         )
         self.interactions = Interactions(self.store, self.hub)
+        self.secrets = secrets
         self.environments = Environments(
             self.store,
             check=lambda spec: check_environment(

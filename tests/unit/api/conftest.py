@@ -78,6 +78,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 snapshots=gateway.snapshots,
                 artifacts=gateway.artifacts,
                 diffs=gateway.diffs,
+                secrets=gateway.secrets,
                 authenticator=Authenticator(gateway.store, admin_key=key) if key is not None else None,
                 spending=Spending(gateway.store, Allowances()),
                 history=History(gateway.store),

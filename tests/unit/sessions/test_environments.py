@@ -185,7 +185,7 @@ async def test_what_this_server_cannot_give_is_refused(open_gateway: OpenGateway
         ({"runtime": "kubernetes"}, "runtime"),
         ({"options": {"permission_mode": "bypassPermissions"}}, "permission_mode"),
         ({"limits": {"session_budget": {"max_usd": 1}}}, "session_budget"),
-        ({"secrets": [{"name": "TOKEN"}]}, "no secret TOKEN"),
+        ({"secrets": [{"name": "TOKEN", "expose": "env"}]}, "no secret TOKEN"),
     ):
         with pytest.raises(ValidationFailed, match=told):
             await gateway.environments.put(ADMIN, "dev", spec(**wrong))

@@ -66,6 +66,7 @@ EFFECTS: dict[str, str] = {
     "first_sandbox_uid": _EFFECTS + "test_first_sandbox_uid",
     "cli_path": "integration/test_life.py::test_an_agent_that_cannot_start_fails_the_session_until_resume",
     "idle_timeout_seconds": "integration/test_life.py::test_an_idle_session_costs_no_process_and_wakes_where_it_was",
+    "secrets_key": "integration/test_environments.py::test_a_secret_reaches_the_agent_and_stands_nowhere_else",
     "warm_pool": "integration/test_pool.py::test_new_sessions_find_their_agent_connected",
     "launch_timeout_seconds": _EFFECTS + "test_launch_timeout_seconds",
     "reconnect_window_seconds": _EFFECTS + "test_what_a_runner_is_told",

@@ -65,6 +65,8 @@ async def write_environment(
 ) -> Response:
     """Write an environment: the body is the whole of its next version. Sessions keep the version they have. Needs `admin`."""
     environment, new = await services.environments.put(principal, environment_id, body)
+    if new:
+        services.secrets.say(environment)
     return answer(told(environment, principal), status=201 if new else 200)
 
 
