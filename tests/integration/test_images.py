@@ -60,7 +60,8 @@ async def model() -> AsyncIterator[tuple[str, ...]]:
     while not server.started:
         await asyncio.sleep(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield ("--init", "--network", "host", "--env", f"ANTHROPIC_BASE_URL=http://127.0.0.1:{port}")
+    quiet = ("--env", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1")
+    yield ("--init", "--network", "host", *quiet, "--env", f"ANTHROPIC_BASE_URL=http://127.0.0.1:{port}")
     server.should_exit = True
     await serving
 
@@ -170,7 +171,7 @@ def test_no_secret_in_history_or_files(image: str) -> None:
 # The sandbox image alone
 
 
-def test_claude_and_both_sdks_work_unattended(model: tuple[str, ...]) -> None:
+async def test_claude_and_both_sdks_work_unattended(model: tuple[str, ...]) -> None:
     """One variable, any user id: the command line, the Python and the TypeScript example, each a whole turn."""
     examples = ROOT / "examples"
     script = """
@@ -181,7 +182,7 @@ def test_claude_and_both_sdks_work_unattended(model: tuple[str, ...]) -> None:
         node /tmp/agent/agent.mjs '[[bash: echo from TypeScript > node.txt; cat node.txt]]'
     """
     mount = ("--volume", f"{examples}:/examples:ro", "--env", "CLAUDE_CODE_OAUTH_TOKEN=sk-ant-oat01-nothing")
-    done = run(*model, *ANY_USER, *mount, SANDBOX, "bash", "-c", script)
+    done = await asyncio.to_thread(run, *model, *ANY_USER, *mount, SANDBOX, "bash", "-c", script)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from the command line" in done.stdout
     assert "from Python" in done.stdout
