@@ -48,7 +48,25 @@ _TYPES = {
 class Saving:
     """One archive being made. `frames` gives it; the other attributes are complete when that has ended."""
 
-    def __init__(self, trees: Sequence[Tree], ignored: Ignored, *, max_entries: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        trees: Sequence[Tree],
+        ignored: Ignored,
+        *,
+        max_entries: int,
+        max_bytes: int,
+        with_names: bool = True,
+    ) -> None:
+        """Prepare to save.
+
+        Args:
+            trees: what is saved.
+            ignored: what of it is not.
+            max_entries: how many there may be.
+            max_bytes: how much content; the holes of sparse files do not count.
+            with_names: whether the name of its tree stands before each path in the archive.
+        """
+        self._with_names = with_names
         self._trees = trees
         self._ignored = ignored
         self._max_entries = max_entries
@@ -69,7 +87,7 @@ class Saving:
         """
         compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
         pending = bytearray()
-        for piece in self._tar():
+        for piece in self.tar():
             pending += piece
             while len(pending) >= FRAME_BYTES:
                 yield self._frame(compressor, bytes(pending[:FRAME_BYTES]))
@@ -81,7 +99,8 @@ class Saving:
         self.frames.append(len(frame))
         return frame
 
-    def _tar(self) -> Iterator[bytes]:
+    def tar(self) -> Iterator[bytes]:
+        """The same, uncompressed. Raises as `archive` does."""
         for piece in self._members():
             self._offset += len(piece)
             yield piece
@@ -97,7 +116,7 @@ class Saving:
             if entry.type == "hardlink" and entry.target not in self.result.entries:
                 continue  # the first name went away while it was read
             self.result.entries[entry.path] = entry
-            yield _header(entry, 0)
+            yield self._header(entry, 0)
 
     def _file(self, tree: Tree, visit: Visit, entry: Entry) -> Iterator[bytes]:
         settled_before = time.time_ns() - 50_000_000
@@ -166,7 +185,7 @@ class Saving:
         if self._content_bytes > self._max_bytes:
             raise SnapshotTooLarge("bytes", self._max_bytes)
         before = _sparse_map(entry)
-        head = _header(entry, len(before) + entry.stored) + before
+        head = self._header(entry, len(before) + entry.stored) + before
         at = self._offset + len(head)
         yield head
         yield from pieces
@@ -176,6 +195,29 @@ class Saving:
             self.unsettled.append(entry.path)
             entry = replace(entry, ctime_ns=0)
         self.result.entries[entry.path] = replace(entry, at=at, sha256=content.hexdigest())
+
+    def _header(self, entry: Entry, size: int) -> bytes:
+        info = tarfile.TarInfo(self._named(entry.path))
+        info.type = _TYPES[entry.type]
+        info.mode = entry.mode
+        info.size = size
+        seconds, nanoseconds = divmod(abs(entry.mtime_ns), 10**9)
+        info.mtime = max(0, entry.mtime_ns // 10**9)
+        info.pax_headers = {"mtime": f"{'-' if entry.mtime_ns < 0 else ''}{seconds}.{nanoseconds:09d}"}
+        if entry.target:
+            info.linkname = self._named(entry.target) if entry.type == "hardlink" else _raw(entry.target)
+        if entry.sparse:
+            info.pax_headers |= {
+                "GNU.sparse.major": "1",
+                "GNU.sparse.minor": "0",
+                "GNU.sparse.name": info.name,
+                "GNU.sparse.realsize": str(entry.size),
+            }
+            info.name = "GNUSparseFile.0/" + info.name
+        return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+    def _named(self, path: str) -> str:
+        return _raw(path if self._with_names else path.partition("/")[2])
 
 
 class _Descriptor:
@@ -202,27 +244,6 @@ def _unchanged(before: os.stat_result, after: os.stat_result) -> bool:
         after.st_mtime_ns,
         after.st_ctime_ns,
     )
-
-
-def _header(entry: Entry, size: int) -> bytes:
-    info = tarfile.TarInfo(_raw(entry.path))
-    info.type = _TYPES[entry.type]
-    info.mode = entry.mode
-    info.size = size
-    seconds, nanoseconds = divmod(abs(entry.mtime_ns), 10**9)
-    info.mtime = max(0, entry.mtime_ns // 10**9)
-    info.pax_headers = {"mtime": f"{'-' if entry.mtime_ns < 0 else ''}{seconds}.{nanoseconds:09d}"}
-    if entry.target:
-        info.linkname = _raw(entry.target)
-    if entry.sparse:
-        info.pax_headers |= {
-            "GNU.sparse.major": "1",
-            "GNU.sparse.minor": "0",
-            "GNU.sparse.name": info.name,
-            "GNU.sparse.realsize": str(entry.size),
-        }
-        info.name = "GNUSparseFile.0/" + info.name
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 def _sparse_map(entry: Entry) -> bytes:
