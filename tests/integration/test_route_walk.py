@@ -60,6 +60,8 @@ ADMINISTRATIVE = {
     "GET /audit": None,
     "PUT /environments/{environment_id}": {},
     "DELETE /environments/{environment_id}": None,
+    "POST /environments/{environment_id}/start": None,
+    "POST /environments/{environment_id}/stop": None,
     "GET /metrics": None,
 }
 # What an operation on somebody's object is sent, so that it would do something if it could.

@@ -15,6 +15,7 @@ from carrel.api.edges import Edges
 from carrel.auth import Authenticator
 from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
+from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
@@ -32,6 +33,7 @@ class Services:
     workspaces: NamedWorkspaces
     interactions: Interactions
     environments: Environments
+    life: EnvironmentLife
     spending: Spending
     history: History
     authenticator: Authenticator | None

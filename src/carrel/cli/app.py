@@ -17,6 +17,7 @@ from carrel.cli import (
     chat,
     demo,
     doctor,
+    env,
     importing,
     keys,
     migrate,
@@ -49,6 +50,7 @@ app.command("demo")(demo.demo)
 app.command("chat")(chat.chat)
 app.add_typer(sessions.app, name="sessions")
 app.command("audit")(audit.audit)
+app.add_typer(env.app, name="env")
 app.add_typer(importing.app, name="import")
 app.add_typer(keys.app, name="keys")
 app.add_typer(users.app, name="users")

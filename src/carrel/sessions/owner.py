@@ -374,9 +374,8 @@ class Owner:
         return "\n".join([line async for line in self._runtimes.named(sandbox.runtime).logs(sandbox.state)][-20:])
 
     async def _bind(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> None:
-        spec, mode = self._agent_options(
-            session, view.environment, isolated=self._runtimes.named(sandbox.runtime).isolated
-        )
+        isolated = self._runtimes.named(sandbox.runtime).isolated
+        spec, mode = self._agent_options(session, view.environment, isolated=isolated)
         link.bound = True
         link.live_options = (spec.model, mode)
         await link.tell(
@@ -522,7 +521,7 @@ class Owner:
         if link.background_tasks > 0 or session.status is not SessionStatus.READY:
             return idle_timeout_seconds
         left = idle_timeout_seconds - (utc_now() - session.last_active_at).total_seconds()
-        if left > 0:
+        if left > 0 and not view.stopped:
             return left
         await self.free(session.id, sandbox.id)
         return 0.0

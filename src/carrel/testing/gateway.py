@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
+from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
@@ -24,7 +25,7 @@ from carrel.sessions.interactions import Interactions
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
-from carrel.sessions.pool import Pool, Recipe
+from carrel.sessions.pool import Pool, Recipes
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
@@ -40,6 +41,10 @@ __all__ = ["FakeGateway"]
 _PATIENCE_SECONDS = 20.0
 
 ALICE = Principal.of_user("alice")
+
+
+async def _nothing_answers(url: str) -> bool:
+    return False
 
 
 class FakeGateway:
@@ -66,7 +71,8 @@ class FakeGateway:
         buffer_bytes: int = 4 * 1024 * 1024,
         observer: abc.Observer = abc.Observer(),
         memory: Memory | None = None,
-        pool: Recipe | None = None,
+        pool: Recipes = Recipes(),
+        reachable: Callable[[str], Awaitable[bool]] = _nothing_answers,
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -84,7 +90,8 @@ class FakeGateway:
             buffer_bytes: how much waits for a viewer that does not read.
             observer: told of what happens.
             memory: the soft limit on what sandboxes take; None: none.
-            pool: the warm pool of sessions that name no environment; None: none.
+            pool: which warm pools there are.
+            reachable: whether anything answers at an address.
         """
         self.host = host
         self.principal = principal
@@ -116,8 +123,14 @@ class FakeGateway:
             memory=memory,
         )
         self.scheduler = Scheduler(self.owner.step)
-        self.pool = Pool(self.store, self.owner, self.scheduler, shows_config=self.folders.shows)
-        self.pool.want([] if pool is None else [pool])
+        self.pool = Pool(
+            self.store,
+            self.owner,
+            self.scheduler,
+            pool,
+            shows_config=self.folders.shows,
+            run_blocking=asyncio.to_thread,
+        )
         self.streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer_bytes, observer=observer)
         self.service = SessionService(
             self.store,
@@ -137,6 +150,16 @@ class FakeGateway:
             check=lambda spec: check_environment(
                 spec, self.runtimes, allow_bypass=service_options.allow_bypass, metered=service_options.metered
             ),
+        )
+        self.life = EnvironmentLife(
+            self.store,
+            self.pool,
+            self.runtimes,
+            self.scheduler,
+            check_model=check_model,
+            check_environment=lambda environment: None,
+            reachable=reachable,
+            mcp_servers=owner_options.mcp_servers,
         )
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)

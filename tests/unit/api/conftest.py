@@ -75,6 +75,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 workspaces=gateway.workspaces,
                 interactions=gateway.interactions,
                 environments=gateway.environments,
+                life=gateway.life,
                 authenticator=Authenticator(gateway.store, admin_key=key) if key is not None else None,
                 spending=Spending(gateway.store, Allowances()),
                 history=History(gateway.store),
