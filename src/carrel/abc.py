@@ -157,6 +157,10 @@ class Runtime(ABC):
             ValidationFailed: they could not; the message says what of the template is not to be had here.
         """
 
+    def finds(self, command: str) -> bool | None:
+        """Whether there is such a command in a sandbox; None where that cannot be known without making one."""
+        return None
+
     @abstractmethod
     def launch(self, spec: LaunchSpec) -> AsyncIterator[dict[str, Any]]:
         """Start a sandbox whose runner will dial the gateway.
@@ -272,6 +276,7 @@ class SessionFilter:
     status: SessionStatus | None = None
     text: str | None = None
     """Only those with this in their title or in what was said, in any case of letters."""
+    environment: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -830,7 +835,19 @@ class EnvironmentRows(ABC):
 
     @abstractmethod
     def sessions(self, name: str, owner: str | None = None) -> int:
-        """How many sessions are in it, of everybody or of one owner; deleted ones do not count."""
+        """How many sessions are in it, of everybody or of one owner; deleted ones and those in warm pools do not count."""
+
+    @abstractmethod
+    def with_sandbox(self, name: str) -> Sequence[str]:
+        """The ids of sessions in it that have a sandbox or are getting one; not those in warm pools."""
+
+    @abstractmethod
+    def stopped(self) -> Sequence[str]:
+        """The names of those that take no prompts, sorted; it need not be written to be stopped."""
+
+    @abstractmethod
+    def set_stopped(self, name: str, stopped: bool) -> None:
+        """Have the environment take no prompts from here on, or take them again."""
 
 
 class SecretRows(ABC):

@@ -50,6 +50,7 @@
     │   ├── NotARepository              409
     │   ├── FilesShared                 409
     │   ├── EnvironmentInUse            409
+    │   ├── EnvironmentStopped          409
     │   ├── EnvironmentFixed            409
     │   ├── SecretInUse                 409
     │   └── SecretsLocked               409
@@ -88,6 +89,9 @@
     │   ├── DiskFull
     │   ├── AgentFailed
     │   └── SpoolFull
+    ├── EnvironmentProblem              (what is wrong with an environment; told in its status)
+    │   ├── McpServerMissing
+    │   └── McpServerUnreachable
     ├── DemoFailed                      (ends `carrel demo`, with exit code 1)
     └── OperatorError                   (stops a command, with exit code 2)
         ├── InvalidSettings
@@ -382,6 +386,10 @@ class EnvironmentInUse(Conflict):
     """Sessions are in this environment; delete them, or move them to another, first."""
 
 
+class EnvironmentStopped(Conflict):
+    """The environment is stopped and takes no prompts; an admin starts it with POST /environments/{name}/start."""
+
+
 class EnvironmentFixed(Conflict):
     """The environment `default` is always there; give it a new version instead."""
 
@@ -536,6 +544,24 @@ or try Carrel without one: `carrel serve --model-upstream scripted`."""
 
 class TurnFailure(CarrelError):
     """The turn failed."""
+
+
+class EnvironmentProblem(CarrelError):
+    """Something is wrong with the environment."""
+
+
+class McpServerMissing(EnvironmentProblem):
+    """The command of an MCP server is not in the sandbox."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(f"The command of the MCP server {server} is not in the sandbox.")
+
+
+class McpServerUnreachable(EnvironmentProblem):
+    """Nothing answers at the address of an MCP server."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(f"Nothing answers at the address of the MCP server {server}.")
 
 
 class SandboxLost(TurnFailure):

@@ -5,7 +5,6 @@ import asyncio
 import pytest
 
 from carrel.cli.server import running
-from carrel.sessions.pool import DEFAULT_POOL
 from carrel.settings import load_settings
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
@@ -13,7 +12,7 @@ pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
 
 async def warm(api, count):
     async def is_warm():
-        return (await api.server.pool.states())[DEFAULT_POOL].warm == count
+        return (await api.ask("GET", "/environments/default/status"))["warm"] == count
 
     await api.until(f"{count} are warm", is_warm)
 
@@ -78,7 +77,7 @@ async def test_a_taken_session_sleeps_wakes_and_forks_as_any(start):
 async def test_a_server_that_ends_leaves_nothing_of_its_pool(tmp_path, start):
     settings = {"data": tmp_path / "data", "port": 0, "model_upstream": "scripted", "warm_pool": 2}
     async with running(load_settings(overrides=settings)) as server, asyncio.timeout(60):
-        while (await server.pool.states())[DEFAULT_POOL].warm < 2:
+        while (await server.pool.state("default")).warm < 2:
             await asyncio.sleep(0.02)
     assert not [path for path in (server.data / "sandboxes").iterdir() if path.is_dir()]
     again = await start()

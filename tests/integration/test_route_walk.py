@@ -63,6 +63,8 @@ ADMINISTRATIVE = {
     "PUT /secrets/{secret_id}": {"value": "stolen"},
     "DELETE /secrets/{secret_id}": None,
     "DELETE /environments/{environment_id}": None,
+    "POST /environments/{environment_id}/start": None,
+    "POST /environments/{environment_id}/stop": None,
     "GET /metrics": None,
 }
 # What an operation on somebody's object is sent, so that it would do something if it could.

@@ -17,6 +17,7 @@ from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
+from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
@@ -40,6 +41,7 @@ class Services:
     artifacts: Artifacts
     diffs: Diffs
     secrets: Secrets
+    life: EnvironmentLife
     spending: Spending
     history: History
     authenticator: Authenticator | None

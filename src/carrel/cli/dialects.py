@@ -11,10 +11,16 @@ from carrel.api.dialects import DialectAuth, DialectOptions
 from carrel.api.dialects.auth import AuthMode
 from carrel.api.origins import LOOPBACK_NAMES
 from carrel.auth import Authenticator
+from carrel.model import ADMIN
 from carrel.model_gateway import credentials
+from carrel.protocol.environments import EnvironmentSpec
+from carrel.sessions.environments import Environments
 from carrel.settings import Settings
 
-__all__ = ["addresses", "dialect_options", "say_dialects"]
+__all__ = ["OLD_ENVIRONMENTS", "addresses", "dialect_options", "prepare_dialects", "say_dialects"]
+
+OLD_ENVIRONMENTS = ("dev", "staging", "prod")
+"""Those of claudecode-api."""
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +59,17 @@ def dialect_options(
         default_model=settings.defaults.model or settings.anthropic_model,
         chosen=frozenset(settings.defaults.model_dump(exclude_none=True)),
     )
+
+
+async def prepare_dialects(settings: Settings, environments: Environments) -> None:
+    """Write the environments that clients of claudecode-api ask for, where no environment was ever written."""
+    if "claudecode-api" not in settings.dialects:
+        return
+    page = await environments.page(ADMIN, cursor=None, limit=2)
+    if any(each.version > 0 for each in page.items):
+        return
+    for name in OLD_ENVIRONMENTS:
+        await environments.put(ADMIN, name, EnvironmentSpec())
 
 
 def say_dialects(settings: Settings, listeners: Mapping[str, str]) -> None:

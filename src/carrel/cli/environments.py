@@ -1,4 +1,4 @@
-"""`carrel env`: apply, list, show, delete and export environments. `carrel secrets`: set, list, delete."""
+"""`carrel env`: apply, list, show, delete and export environments; start and stop them, and see how they do. `carrel secrets`: set, list, delete."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import yaml
 from carrel.cli.context import context_of
 from carrel.cli.keys import AsJson
 from carrel.cli.output import clean, print_json, print_table, when
-from carrel.client import Carrel
+from carrel.client import Carrel, EnvironmentStatus
 from carrel.errors import EnvironmentNotFound, OperatorError
 
 __all__ = ["app", "secrets"]
 
-app = typer.Typer(help="Apply, list, show, delete and export environments.", no_args_is_help=True)
+app = typer.Typer(help="Apply, list, show, delete and export environments; start and stop them.", no_args_is_help=True)
 secrets = typer.Typer(help="Set, list and delete secrets of environments.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The environment.")]
@@ -145,6 +145,43 @@ def delete_environments(
         for name in names:
             carrel.environments.delete(name)
             sys.stdout.write(f"{clean(name)}  deleted\n")
+
+
+@app.command("status")
+def show_status(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Show whether it takes prompts, its warm pool, its sessions, and what is wrong with it."""
+    with context_of(context).connect() as carrel:
+        _show(carrel.environments.status(name), as_json=as_json)
+
+
+@app.command("start")
+def start_environment(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Have it take prompts, and its warm pool be filled."""
+    with context_of(context).connect() as carrel:
+        _show(carrel.environments.start(name), as_json=as_json)
+
+
+@app.command("stop")
+def stop_environment(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Have it take no more prompts. Those it has taken are answered."""
+    with context_of(context).connect() as carrel:
+        _show(carrel.environments.stop(name), as_json=as_json)
+
+
+def _show(status: EnvironmentStatus, *, as_json: bool) -> None:
+    if as_json:
+        print_json(status)
+        return
+    lines = {
+        "environment": f"{status.name}, version {status.version}",
+        "takes prompts": "yes" if status.running else "no, it is stopped",
+        "warm": f"{status.warm} of {status.warm_wanted}" + (f", {status.starting} starting" if status.starting else ""),
+        "sessions": f"{status.sessions}, {status.live_sessions} with a sandbox",
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':15}{value}")
+    for problem in status.problems:
+        print(f"{problem.code}: {problem.message}", file=sys.stderr)
 
 
 @secrets.command("set")

@@ -22,7 +22,7 @@ from carrel.budgets import Allowances
 from carrel.buses import MemoryBus
 from carrel.cli.authentication import authenticator_of
 from carrel.cli.data_folder import DataFolder
-from carrel.cli.dialects import dialect_options, say_dialects
+from carrel.cli.dialects import dialect_options, prepare_dialects, say_dialects
 from carrel.cli.direct import check_direct, direct_environment
 from carrel.cli.drain import drain
 from carrel.cli.kept_files import KeptFiles
@@ -38,10 +38,12 @@ from carrel.model_gateway.app import ModelGateway
 from carrel.model_gateway.meter import Meter
 from carrel.model_gateway.prices import Prices
 from carrel.protocol.bootstrap import EGRESS_SOCKET
+from carrel.protocol.environments import EnvironmentSpec
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
+from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.history import History
@@ -50,7 +52,7 @@ from carrel.sessions.interactions import Interactions
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
-from carrel.sessions.pool import DEFAULT_POOL, Pool, Recipe
+from carrel.sessions.pool import Pool, Recipes
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
@@ -66,6 +68,7 @@ from carrel.workspaces.reserve import Reserve
 
 log = structlog.get_logger(__name__)
 
+_ANSWER_SECONDS = 3.0
 _UPSTREAM_TIMEOUT = httpx.Timeout(600.0, connect=15.0, pool=60.0)
 
 
@@ -106,6 +109,7 @@ async def running(settings: Settings, *, span_exporter: Any = None) -> AsyncIter
         seen = await Seen.start(settings, stack, span_exporter)
         parts = await _build(settings, folder, stack, key, seen)
         app = create_app(parts.services)
+        await prepare_dialects(settings, parts.services.environments)
         for name in settings.dialects:
             options = dialect_options(
                 settings, name, parts.authenticator, parts.source, isolated=parts.runtimes.isolated
@@ -198,6 +202,7 @@ async def _build(
     await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
+    check_model = source.headers if direct is None else lambda: check_direct(direct)
     defaults = SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"}))
     runtimes = await choose_runtimes(settings, folder, store, direct)
     await runtimes.start(stack)
@@ -229,7 +234,7 @@ async def _build(
         folders,
         hub,
         admission,
-        check_model=source.headers if direct is None else lambda: check_direct(direct),
+        check_model=check_model,
         run_blocking=asyncio.to_thread,
         options=OwnerOptions(
             idle_timeout_seconds=settings.idle_timeout_seconds,
@@ -250,8 +255,8 @@ async def _build(
     await admission.start(stack)
     await keeper.start(stack)
     await serve_link(hub, folder.link_socket, settings.max_frame_bytes, stack)
-    pool = Pool(store, owner, scheduler, shows_config=folders.shows)
-    pool.want([Recipe(name=DEFAULT_POOL, size=settings.warm_pool, spec=defaults)])
+    recipes = Recipes(defaults=defaults, default_size=settings.warm_pool)
+    pool = Pool(store, owner, scheduler, recipes, shows_config=folders.shows, run_blocking=asyncio.to_thread)
     await pool.forget()
     if "docker" in runtimes.names:
         await serve_link(hub, folder.containers_link, settings.max_frame_bytes, stack, everyone=True)
@@ -288,27 +293,38 @@ async def _build(
         await store.read(lambda tx: tx.sessions.get(""))
         return {"store": True, "accepting": not owner.draining}
 
+    def fits(spec: EnvironmentSpec) -> None:
+        check_environment(
+            spec,
+            runtimes,
+            allow_bypass=allow_bypass,
+            metered=direct is None,
+            allow_open=settings.allow_insecure or settings.wants_keys,
+        )
+
+    life = EnvironmentLife(
+        store,
+        pool,
+        runtimes,
+        scheduler,
+        check_model=check_model,
+        check_environment=lambda environment: fits(environment.spec),
+        reachable=answers,
+        mcp_servers=settings.mcp_servers,
+    )
     services = Services(
         store=store,
         sessions=service,
         workspaces=workspaces,
         interactions=Interactions(store, hub),
         secrets=secrets,
-        environments=Environments(
-            store,
-            check=lambda spec: check_environment(
-                spec,
-                runtimes,
-                allow_bypass=allow_bypass,
-                metered=direct is None,
-                allow_open=settings.allow_insecure or settings.wants_keys,
-            ),
-        ),
         snapshots=Snapshots(store, keeper, scheduler),
         artifacts=Artifacts(
             store, kept.objects, keeper, run_blocking=asyncio.to_thread, max_bytes=settings.max_file_bytes
         ),
         diffs=Diffs(store, kept.vault, folders, run_blocking=asyncio.to_thread),
+        environments=Environments(store, check=fits),
+        life=life,
         authenticator=authenticator if settings.auth != "none" else None,
         spending=Spending(store, allowances),
         history=History(store),
@@ -372,6 +388,15 @@ async def _upstream(settings: Settings, folder: DataFolder, stack: AsyncExitStac
             source = credentials.NotNeeded()
     stack.push_async_callback(client.aclose)
     return source, client
+
+
+async def answers(url: str) -> bool:
+    """Whether anything that speaks HTTP answers at the address. No credential is sent to find out."""
+    try:
+        async with httpx.AsyncClient(timeout=_ANSWER_SECONDS) as client, client.stream("GET", url):
+            return True
+    except httpx.HTTPError:
+        return False
 
 
 def _secret(value: Any) -> str | None:

@@ -20,6 +20,7 @@ from carrel.client.types import (
     ApiKey,
     BudgetState,
     Environment,
+    EnvironmentStatus,
     Event,
     FileEntry,
     Frame,
@@ -426,6 +427,18 @@ class AsyncEnvironments:
     async def delete(self, name: str) -> None:
         """Delete it with all of its versions. Raises EnvironmentInUse while sessions are in it. For admins."""
         await self._wire.send(calls.delete_environment(name))
+
+    async def status(self, name: str) -> EnvironmentStatus:
+        """How it does: whether it takes prompts, its warm pool, its sessions, what is wrong with it."""
+        return await self._wire.send(calls.environment_status(name))
+
+    async def start(self, name: str) -> EnvironmentStatus:
+        """Have it take prompts, and its warm pool be filled. For admins."""
+        return await self._wire.send(calls.start_environment(name))
+
+    async def stop(self, name: str) -> EnvironmentStatus:
+        """Have it take no more prompts; those it has taken are answered. For admins."""
+        return await self._wire.send(calls.stop_environment(name))
 
 
 class AsyncSecrets:

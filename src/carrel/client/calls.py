@@ -16,6 +16,7 @@ from carrel.client.types import (
     BudgetState,
     BudgetStates,
     Environment,
+    EnvironmentStatus,
     FileEntry,
     Message,
     NamedWorkspace,
@@ -317,6 +318,18 @@ def list_secrets() -> Listing[Secret]:
 
 def delete_secret(name: str) -> Call[None]:
     return Call("DELETE", f"{API}/secrets/{_part(name)}", nothing)
+
+
+def environment_status(name: str) -> Call[EnvironmentStatus]:
+    return Call("GET", _environment(name, "status"), model_of(EnvironmentStatus))
+
+
+def start_environment(name: str) -> Call[EnvironmentStatus]:
+    return Call("POST", _environment(name, "start"), model_of(EnvironmentStatus))
+
+
+def stop_environment(name: str) -> Call[EnvironmentStatus]:
+    return Call("POST", _environment(name, "stop"), model_of(EnvironmentStatus))
 
 
 # --------------------------------------------------------------------------------------------------- users and keys

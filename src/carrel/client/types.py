@@ -17,6 +17,7 @@ __all__ = [
     "BudgetStates",
     "Delta",
     "Environment",
+    "EnvironmentStatus",
     "Event",
     "FileEntry",
     "Frame",
@@ -125,6 +126,23 @@ class Secret(_Told):
     created_at: datetime
     updated_at: datetime
     updated_by: str | None = None
+
+
+class EnvironmentStatus(_Told):
+    """How an environment does, as it is now."""
+
+    name: str
+    version: int
+    running: bool
+    """Whether it takes prompts."""
+    warm_wanted: int
+    """How many connected agents its warm pool is to have."""
+    warm: int
+    starting: int
+    sessions: int
+    live_sessions: int
+    """Those that have a sandbox, or are getting one."""
+    problems: list[Failure]
 
 
 class FileEntry(_Told):

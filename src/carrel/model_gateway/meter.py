@@ -255,8 +255,8 @@ def _reserve(
 ) -> abc.Reservation | TurnFailure | None:
     """Reserve, or say why not; None: not yet."""
     session = tx.sessions.get(session_id)
-    if session is None:
-        raise SessionNotFound
+    if session is None or session.reserved is not None:
+        raise SessionNotFound  # an agent in a warm pool has nobody to pay for it
     now = utc_now()
     tx.users.ensure(session.owner, now)
     tx.users.lock(session.owner)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import to_json
 
-from carrel.model import Budget, Principal, SandboxTemplate
+from carrel.model import Budget, Failure, Principal, SandboxTemplate
 from carrel.protocol.spec import EnvName, GivenBudget, NoNul, Options, SessionSpec
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Environment",
     "EnvironmentLimits",
     "EnvironmentSpec",
+    "EnvironmentStatus",
     "Secret",
     "SecretUse",
     "secrets_in",
@@ -172,6 +173,22 @@ class Environment(BaseModel):
     spec: EnvironmentSpec
     created_at: datetime
     created_by: str | None = Field(default=None, description="The user who wrote this version.")
+
+
+class EnvironmentStatus(BaseModel):
+    """How an environment does, as it is now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str
+    version: int = Field(description="The newest; it is what new sessions and the warm pool are of.")
+    running: bool = Field(description="Whether it takes prompts.")
+    warm_wanted: int = Field(description="How many connected agents its warm pool is to have.")
+    warm: int = Field(description="How many it has.")
+    starting: int = Field(description="How many are being started for it.")
+    sessions: int = Field(description="Sessions of all versions.")
+    live_sessions: int = Field(description="Those of them that have a sandbox, or are getting one.")
+    problems: list[Failure] = Field(description="What would keep a session from working as it should.")
 
 
 class Secret(BaseModel):

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["GATEWAY_FOLDER", "GATEWAY_SOCKET", "HOME", "MARK", "PLUGINS", "WORKSPACE", "environment", "with_model"]
+__all__ = [
+    "COMMANDS",
+    "GATEWAY_FOLDER",
+    "GATEWAY_SOCKET",
+    "HOME",
+    "MARK",
+    "PLUGINS",
+    "WORKSPACE",
+    "environment",
+    "with_model",
+]
 
 WORKSPACE = "/workspace"
 HOME = "/home/agent"
@@ -16,12 +26,15 @@ MARK = "CARREL_SANDBOX"
 
 _GATEWAY_VARIABLES = ("ANTHROPIC_BASE_URL", "ANTHROPIC_UNIX_SOCKET")
 
+COMMANDS = "/usr/local/bin:/usr/bin:/bin"
+"""Where an agent's commands are looked for."""
+
 
 def environment(sandbox_id: str) -> dict[str, str]:
     """The variables of an agent in any sandbox; its home and its gateway are named beside them."""
     return {
         MARK: sandbox_id,
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "PATH": COMMANDS,
         "LANG": "C.UTF-8",
         "TERM": "dumb",
         "SHELL": "/bin/bash",

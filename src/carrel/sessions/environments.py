@@ -12,6 +12,7 @@ from carrel.errors import (
     EnvironmentForbids,
     EnvironmentInUse,
     EnvironmentNotFound,
+    EnvironmentStopped,
     SessionLimitReached,
     ValidationFailed,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "AS_SETTINGS_SAY",
     "Environments",
     "check_environment",
+    "check_running",
     "environment_of",
     "environments_budget",
     "kept_environment",
@@ -151,6 +153,12 @@ def check_environment(
     budget = spec.limits.session_budget
     if budget is not None and not budget.unlimited and not metered:
         raise ValidationFailed("limits.session_budget: none can hold, since agents ask the model's provider themselves")
+
+
+def check_running(tx: abc.Transaction, name: str) -> None:
+    """Make sure that the environment takes prompts. Raises EnvironmentStopped."""
+    if name in tx.environments.stopped():
+        raise EnvironmentStopped
 
 
 def kept_environment(tx: abc.Transaction, session: Session) -> Environment | None:

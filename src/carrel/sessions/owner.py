@@ -556,7 +556,7 @@ class Owner:
         if link.background_tasks > 0 or session.status is not SessionStatus.READY:
             return idle_timeout_seconds
         left = idle_timeout_seconds - (utc_now() - session.last_active_at).total_seconds()
-        if left > 0:
+        if left > 0 and not view.stopped:
             return left
         await self.free(session.id, sandbox.id)
         return 0.0

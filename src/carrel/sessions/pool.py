@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import structlog
@@ -24,20 +24,21 @@ from pydantic_core import to_json
 from carrel import abc
 from carrel.killpoints import reached
 from carrel.model import Failure, PermissionMode, Session, SessionStatus, Workspace, new_id, utc_now
+from carrel.protocol.environments import DEFAULT_ENVIRONMENT, Environment
 from carrel.protocol.events import SessionCreated
 from carrel.protocol.spec import LIVE_FIELDS, SessionSpec
 from carrel.sessions import steps, transitions
+from carrel.sessions.environments import AS_SETTINGS_SAY
+from carrel.sessions.narrowing import agents_options
 from carrel.sessions.owner import Owner
 from carrel.sessions.scheduler import Scheduler
 
-__all__ = ["DEFAULT_POOL", "Pool", "PoolState", "Recipe", "why_cold"]
+__all__ = ["Pool", "PoolState", "Recipe", "Recipes", "why_cold"]
 
 log = structlog.get_logger(__name__)
 
-DEFAULT_POOL = "default"
-"""The pool of sessions that name no environment."""
-
 _LOOK_SECONDS = 1.0
+_MOST_ENVIRONMENTS = 1000
 _STARTING_AT_ONCE = 2
 _AFTER_TAKING_SECONDS = 0.25
 """The turn that is about to begin needs the processor more than the sandbox that is to fill the gap."""
@@ -50,17 +51,52 @@ _CALM_SECONDS = 120.0
 class Recipe:
     """What the sandboxes of one pool are launched with, and how many of them wait."""
 
-    name: str
-    """Of what it is the pool; one recipe of a name holds at a time."""
+    environment: Environment
     size: int
-    spec: SessionSpec = field(default_factory=SessionSpec)
-    """The options of a session whose creator names none."""
+    spec: SessionSpec
+    """The options in the row of a session whose creator names none."""
+    permission_mode: PermissionMode | None
+    """What its agents are launched with; None: what is usual for their runtime."""
+
+    @property
+    def name(self) -> str:
+        """Of which environment it is the pool."""
+        return self.environment.name
 
     @property
     def key(self) -> str:
-        """The pool's name in the rows: another one for other options."""
-        digest = hashlib.sha256(to_json([self.name, self.spec])).hexdigest()
-        return f"{self.name[:40]}:{digest[:20]}"
+        """The pool's name in the rows: another one for another version or other options."""
+        digest = sha256(to_json([self.name, self.environment.version, self.environment.spec.digest, self.spec]))
+        return f"{self.name[:40]}:{digest.hexdigest()[:20]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """Which pools there are: one for each environment that wants one, in its newest version."""
+
+    defaults: SessionSpec = field(default_factory=SessionSpec)
+    """What the settings say of agents."""
+    default_size: int = 0
+    """How many wait for `default`, while nobody has written that."""
+
+    def of(self, environment: Environment) -> Recipe:
+        """The pool of a version of an environment."""
+        spec, written = environment.spec, environment.version > 0
+        return Recipe(
+            environment=environment,
+            size=spec.warm_pool if written else self.default_size,
+            spec=SessionSpec() if written else self.defaults,
+            permission_mode=agents_options(spec, SessionSpec(), self.defaults).permission_mode,
+        )
+
+    def all(self, tx: abc.Transaction) -> list[Recipe]:
+        """Every pool that is wanted now."""
+        newest = list(tx.environments.page(cursor=None, limit=_MOST_ENVIRONMENTS).items)
+        if DEFAULT_ENVIRONMENT not in {each.name for each in newest}:
+            newest.append(AS_SETTINGS_SAY)
+        stopped = tx.environments.stopped()
+        recipes = [self.of(environment) for environment in newest if environment.name not in stopped]
+        return [recipe for recipe in recipes if recipe.size > 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +132,7 @@ def why_cold(recipe: Recipe, spec: SessionSpec, workspace: Workspace | None, *, 
 
     Args:
         recipe: what the pool's agents are launched with.
-        spec: the session's options, the defaults among them.
+        spec: the options in the session's row.
         workspace: where its files are to be.
         user_config: whether its user has set up anything that each agent of theirs is shown.
     """
@@ -109,30 +145,47 @@ def why_cold(recipe: Recipe, spec: SessionSpec, workspace: Workspace | None, *, 
     if own:
         return "it has launch options of its own: " + ", ".join(own)
     bypasses = {None, PermissionMode.BYPASS}
-    if spec.permission_mode is PermissionMode.BYPASS and recipe.spec.permission_mode not in bypasses:
+    if spec.permission_mode is PermissionMode.BYPASS and recipe.permission_mode not in bypasses:
         return "bypassPermissions is for agents that were launched with it"
     return None
 
 
-@dataclass
 class Pool:
     """Keeps every pool filled, and gives of them."""
 
-    store: abc.Store
-    owner: Owner
-    scheduler: Scheduler
-    shows_config: Callable[[str], bool] = lambda user: False
-    """Whether a user has set up anything that each agent of theirs is shown; looks at the disk."""
-    run_blocking: Callable[..., Any] = asyncio.to_thread
-    _recipes: dict[str, Recipe] = field(default_factory=dict)
-    _troubles: dict[str, _Trouble] = field(default_factory=lambda: defaultdict(_Trouble))
-    _poked: asyncio.Event = field(default_factory=asyncio.Event)
-    _taken_at: float = 0.0
+    def __init__(
+        self,
+        store: abc.Store,
+        owner: Owner,
+        scheduler: Scheduler,
+        recipes: Recipes,
+        *,
+        shows_config: Callable[[str], bool],
+        run_blocking: Callable[..., Any],
+    ) -> None:
+        """Make it; nothing is filled before `start`.
 
-    def want(self, recipes: Sequence[Recipe]) -> None:
-        """Have these pools, and no other: what was launched for others is thrown away."""
-        self._recipes = {recipe.name: recipe for recipe in recipes if recipe.size > 0}
-        self._troubles.clear()
+        Args:
+            store: the rows.
+            owner: launches what is begun.
+            scheduler: has sessions looked at.
+            recipes: which pools there are.
+            shows_config: whether a user has set up anything that each agent of theirs is shown; looks at the disk.
+            run_blocking: runs a function that waits for the disk in another thread.
+        """
+        self._store = store
+        self._owner = owner
+        self._scheduler = scheduler
+        self.recipes = recipes
+        self._shows_config = shows_config
+        self._run_blocking = run_blocking
+        self._wanted: list[Recipe] = []
+        self._troubles: dict[str, _Trouble] = defaultdict(_Trouble)
+        self._poked = asyncio.Event()
+        self._taken_at = 0.0
+
+    def poke(self) -> None:
+        """Have every pool looked at soon."""
         self._poked.set()
 
     async def forget(self) -> None:
@@ -142,11 +195,11 @@ class Pool:
             for session in tx.pools.waiting():
                 steps.discard(tx, session.id)
 
-        await self.store.write(work)
+        await self._store.write(work)
 
     async def start(self, exit_stack: AsyncExitStack) -> None:
         """Fill the pools from now on; closing is registered with `exit_stack`."""
-        self.owner.heard_of_pool = self._heard
+        self._owner.heard_of_pool = self._heard
         task = asyncio.create_task(self._repeat(), name="pool")
 
         async def close() -> None:
@@ -157,22 +210,29 @@ class Pool:
 
     # -------------------------------------------------------------------------------------------------------- taking
 
-    async def recipe_for(self, name: str, user: str, spec: SessionSpec, workspace: Workspace | None) -> Recipe | None:
-        """The pool that a session of this user's may be taken from; None where it is to start cold."""
-        recipe = self._recipes.get(name)
-        if recipe is None or self.owner.draining or why_cold(recipe, spec, workspace, user_config=False) is not None:
-            return None
-        config = await self.run_blocking(self.shows_config, user)
-        return None if why_cold(recipe, spec, workspace, user_config=config) is not None else recipe
+    async def shows(self, user: str) -> bool:
+        """Whether the user has set up anything that each agent of theirs is shown; asked before `take`."""
+        return bool(self._wanted) and bool(await self._run_blocking(self._shows_config, user))
 
-    def take(self, tx: abc.Transaction, recipe: Recipe, wanted: Session) -> Session | None:
-        """Make a waiting session the one that is wanted; None where none waits.
+    def take(
+        self, tx: abc.Transaction, environment: Environment, wanted: Session, *, user_config: bool
+    ) -> Session | None:
+        """Make a waiting session the one that is wanted; None where it is to start cold.
 
         Args:
             tx: counts limits too.
-            recipe: of `recipe_for`.
+            environment: the version that the session is to be in.
             wanted: the session as it would be stored if it started cold; its id is given up.
+            user_config: what `shows` has answered.
         """
+        recipe = self.recipes.of(environment)
+        if recipe.size == 0 or self._owner.draining:
+            return None
+        if (
+            why_cold(recipe, SessionSpec.model_validate(wanted.spec), wanted.workspace, user_config=user_config)
+            is not None
+        ):
+            return None
         waiting = tx.pools.take(recipe.key)
         if waiting is None:
             return None
@@ -189,17 +249,17 @@ class Pool:
         reached("pool.taken")
         self._taken_at = time.monotonic()
         self._poked.set()
-        await self.owner.apply_live_options(session)
-        self.scheduler.poke(session.id)
+        await self._owner.apply_live_options(session)
+        self._scheduler.poke(session.id)
 
     # ------------------------------------------------------------------------------------------------------- filling
 
     async def look(self) -> None:
         """Look once at every pool: throw away what is not wanted, and begin what is missing."""
-        waiting = await self.store.read(lambda tx: list(tx.pools.waiting()))
-        found: dict[str, list[Session]] = {recipe.key: [] for recipe in self._recipes.values()}
+        waiting, self._wanted = await self._store.read(lambda tx: (list(tx.pools.waiting()), self.recipes.all(tx)))
+        found: dict[str, list[Session]] = {recipe.key: [] for recipe in self._wanted}
         surplus = []
-        sizes = {recipe.key: recipe.size for recipe in self._recipes.values()}
+        sizes = {recipe.key: recipe.size for recipe in self._wanted}
         for session in waiting:
             kept = found.get(session.reserved or "")
             if kept is None or len(kept) >= sizes[session.reserved or ""]:
@@ -207,14 +267,14 @@ class Pool:
             else:
                 kept.append(session)
         for session in surplus:
-            await self.store.write(lambda tx, s=session.id: steps.discard(tx, s))  # type: ignore[misc]
-            self.scheduler.poke(session.id)
+            await self._store.write(lambda tx, s=session.id: steps.discard(tx, s))  # type: ignore[misc]
+            self._scheduler.poke(session.id)
         starting = sum(session.status is not SessionStatus.READY for kept in found.values() for session in kept)
-        for recipe in self._recipes.values():
+        for recipe in self._wanted:
             missing = recipe.size - len(found[recipe.key])
             now = time.monotonic()
             while missing > 0 and starting < _STARTING_AT_ONCE and now >= self._troubles[recipe.name].not_before:
-                if self.owner.draining or not self.owner.memory.spare():
+                if self._owner.draining or not self._owner.memory.spare():
                     return
                 await self._begin(recipe)
                 missing, starting = missing - 1, starting + 1
@@ -228,6 +288,8 @@ class Pool:
                 owner="",
                 status=SessionStatus.IDLE,
                 spec=recipe.spec.model_dump(mode="json", exclude_none=True),
+                environment=recipe.environment.name,
+                environment_version=recipe.environment.version,
                 cost_usd=0.0,
                 created_at=now,
                 last_active_at=now,
@@ -236,29 +298,29 @@ class Pool:
             tx.sessions.add(session)
             return session
 
-        session = await self.store.write(work)
+        session = await self._store.write(work)
         reached("pool.stored")
-        self.scheduler.poke(session.id)
+        self._scheduler.poke(session.id)
 
-    async def states(self) -> dict[str, PoolState]:
-        """How every pool does, by its name."""
-        waiting = await self.store.read(lambda tx: list(tx.pools.waiting()))
-        states = {}
-        for name, recipe in self._recipes.items():
-            mine = [session for session in waiting if session.reserved == recipe.key]
-            warm = sum(session.status is SessionStatus.READY for session in mine)
-            failure = self._troubles[name].failure
-            states[name] = PoolState(wanted=recipe.size, warm=warm, starting=len(mine) - warm, failure=failure)
-        return states
+    async def state(self, name: str) -> PoolState:
+        """How the pool of an environment does."""
+        waiting, recipes = await self._store.read(lambda tx: (list(tx.pools.waiting()), self.recipes.all(tx)))
+        recipe = next((each for each in recipes if each.name == name), None)
+        if recipe is None:
+            return PoolState()
+        mine = [session for session in waiting if session.reserved == recipe.key]
+        warm = sum(session.status is SessionStatus.READY for session in mine)
+        failure = self._troubles[name].failure
+        return PoolState(wanted=recipe.size, warm=warm, starting=len(mine) - warm, failure=failure)
 
     def _heard(self, session: Session, failure: Failure | None) -> None:
         """One of a pool's is connected, or lost."""
-        name = next((name for name, recipe in self._recipes.items() if recipe.key == session.reserved), None)
-        if name is not None and failure is None:
-            self._troubles[name].failure = None
-        elif name is not None and failure is not None:
-            again = self._troubles[name].add(failure)
-            log.warning("pool.lost_one", pool=name, code=failure.code, again_in_seconds=again)
+        trouble = self._troubles[session.environment]
+        if failure is None:
+            trouble.failure = None
+        else:
+            again = trouble.add(failure)
+            log.warning("pool.lost_one", environment=session.environment, code=failure.code, again_in_seconds=again)
         self._poked.set()
 
     async def _repeat(self) -> None:

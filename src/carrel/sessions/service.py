@@ -53,12 +53,18 @@ from carrel.protocol.results import TurnResult, result_of
 from carrel.protocol.spec import LIVE_FIELDS, CreateSession, CreateTurn, SessionSpec, UpdateSession
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission, SessionLimits
-from carrel.sessions.environments import environment_of, environments_budget, open_environment, spend_environment
+from carrel.sessions.environments import (
+    check_running,
+    environment_of,
+    environments_budget,
+    open_environment,
+    spend_environment,
+)
 from carrel.sessions.hub import Hub
 from carrel.sessions.keeper import FORK, Keeper
 from carrel.sessions.narrowing import check_options
 from carrel.sessions.owner import Owner
-from carrel.sessions.pool import DEFAULT_POOL, Pool
+from carrel.sessions.pool import Pool
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.snapshots import check_not_rewound, is_rewound
 from carrel.sessions.steps import mark_deleted
@@ -155,6 +161,7 @@ class SessionService:
             Forbidden: the options are not allowed here.
             BoundToSession: the caller is bound to another session.
             EnvironmentNotFound: there is no such environment that the caller may use.
+            EnvironmentStopped: it takes no prompts.
             EnvironmentForbids: it does not let a session have these options.
             SessionLimitReached: there are as many sessions as are allowed.
             WorkspaceMissing: the user's directory is not there, and none is made.
@@ -171,22 +178,17 @@ class SessionService:
             max_sessions_per_user if options.max_sessions_per_user is None else options.max_sessions_per_user,
         )
 
-        environment = await self._store.read(lambda tx: open_environment(tx, principal, body.environment))
-        recipe = None
-        if environment.version == 0:
-            spec = self._own_options(environment, body.spec())
-            recipe = await self._pool.recipe_for(DEFAULT_POOL, principal.user, spec, body.workspace)
+        shown = await self._pool.shows(principal.user)
 
         def work(tx: abc.Transaction) -> tuple[Session, bool]:
             environment = open_environment(tx, principal, body.environment)
+            check_running(tx, environment.name)
             self._check_options(environment, body.spec())
             limits.spend(tx, principal.user)
             spend_environment(tx, environment, principal.user)
-            spec = self._own_options(environment, body.spec())
-            wanted = _new_session(tx, principal, spec, body, environment, utc_now())
-            # Somebody may have written `default` since the pool was asked.
-            fits = recipe is not None and environment.version == 0
-            session = self._pool.take(tx, recipe, wanted) if recipe is not None and fits else None
+            own = self._own_options(environment, body.spec())
+            wanted = _new_session(tx, principal, own, body, environment, utc_now())
+            session = self._pool.take(tx, environment, wanted, user_config=shown)
             if session is None:
                 tx.sessions.add(wanted)
                 transitions.emit(tx, wanted.id, SessionCreated(title=wanted.title))
@@ -218,6 +220,7 @@ class SessionService:
         cursor: str | None,
         limit: int,
         text: str | None = None,
+        environment: str | None = None,
     ) -> abc.Page[Session]:
         """The caller's sessions (an admin's: everybody's), newest first. Raises InvalidCursor.
 
@@ -227,12 +230,14 @@ class SessionService:
             cursor: where the last page ended.
             limit: how many at most.
             text: only those with this in their title, or in what was said.
+            environment: only those that are in it.
         """
         which = abc.SessionFilter(
             owner=None if principal.is_admin else principal.user,
             session_id=principal.session_id,
             status=status,
             text=text,
+            environment=environment,
         )
         return await self._store.read(lambda tx: tx.sessions.page(which, cursor=cursor, limit=limit))
 
@@ -566,6 +571,7 @@ class SessionService:
             raise SessionStopped
         if session.status is SessionStatus.FAILED:
             raise SessionFailed
+        check_running(tx, session.environment)
         waiting = tx.turns.queued(session.id)
         if len(waiting) >= self._options.max_queued_turns:
             raise QueueFull(self._options.max_queued_turns)

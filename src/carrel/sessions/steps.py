@@ -52,6 +52,8 @@ class View:
     """What the turn at work waits for."""
     environment: Environment | None
     """The version that the session keeps."""
+    stopped: bool
+    """Whether its environment takes no prompts."""
 
 
 def view(tx: abc.Transaction, session_id: str) -> View:
@@ -65,6 +67,7 @@ def view(tx: abc.Transaction, session_id: str) -> View:
         queued=list(tx.turns.queued(session_id)),
         asked=list(tx.interactions.pending(session_id)) if _waits(session) else [],
         environment=None if session is None else kept_environment(tx, session),
+        stopped=session is not None and session.environment in tx.environments.stopped(),
     )
 
 

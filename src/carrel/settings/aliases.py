@@ -76,6 +76,8 @@ _CLAUDE_AGENT_HTTP: tuple[tuple[str | None, str | None, str], ...] = (
 
 _AMBIENT = (
     Alias("API_PORT", "dialects.claude-agent-http.port", ambient=True, dialect="claude-agent-http"),
+    Alias("API_TOKEN", "static_token", ambient=True, dialect="claudecode-api"),
+    Alias("ALLOWED_ORIGINS", "cors_origins", ambient=True, dialect="claudecode-api"),
     Alias("PORT", "dialects.sdk-server.port", ambient=True, dialect="sdk-server"),
     Alias("CLAUDE_CODE_SESSION", "claude_code_oauth_token", ambient=True),
 )
@@ -88,11 +90,12 @@ ALIASES: dict[str, Alias] = {
     )
 }
 
-OLD_DEFAULTS: dict[str, dict[str, int]] = {
+OLD_DEFAULTS: dict[str, dict[str, int | str]] = {
     "claude-agent-http": {
         "limits.max_concurrent_turns": 5,
         "limits.memory_mb": 7168,
-    }
+    },
+    "claudecode-api": {"dialects.claudecode-api.auth": "static-token"},
 }
 """What holds for the server where a dialect is switched on and nobody says otherwise.
 

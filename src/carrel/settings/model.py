@@ -391,7 +391,7 @@ class Settings(Group):
     mcp_servers: dict[str, dict[str, Any]] = Field(default={}, description="MCP servers of every session, by name.")
     plugins: list[Plugin] = Field(default=[], description="Plugins of every session.")
     prices_file: Path | None = Field(default=None, description="A YAML table of prices that wins over the shipped one.")
-    dialects: dict[Literal["claude-agent-http", "sdk-server"], DialectSettings] = Field(
+    dialects: dict[Literal["claude-agent-http", "claudecode-api", "sdk-server"], DialectSettings] = Field(
         default={}, description="Older services that Carrel speaks like."
     )
     observability: Observability = Field(default=Observability(), description="Logs, traces, audit.")

@@ -108,6 +108,12 @@ sessions = sa.Table(
     sa.Index("ix_sessions_environment", "environment"),
 )
 
+stopped_environments = sa.Table(
+    "stopped_environments",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+)
+
 turns = sa.Table(
     "turns",
     metadata,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
+from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
@@ -29,7 +30,7 @@ from carrel.sessions.keeper import Keeper
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
-from carrel.sessions.pool import Pool, Recipe
+from carrel.sessions.pool import Pool, Recipes
 from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
@@ -48,6 +49,10 @@ __all__ = ["FakeGateway"]
 _PATIENCE_SECONDS = 20.0
 
 ALICE = Principal.of_user("alice")
+
+
+async def _nothing_answers(url: str) -> bool:
+    return False
 
 
 class FakeGateway:
@@ -74,9 +79,10 @@ class FakeGateway:
         buffer_bytes: int = 4 * 1024 * 1024,
         observer: abc.Observer = abc.Observer(),
         memory: Memory | None = None,
-        pool: Recipe | None = None,
         vault: FolderVault | None = None,
         keys: Sequence[bytes] = (bytes(32),),
+        pool: Recipes = Recipes(),
+        reachable: Callable[[str], Awaitable[bool]] = _nothing_answers,
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -95,8 +101,9 @@ class FakeGateway:
             observer: told of what happens.
             memory: the soft limit on what sandboxes take; None: none.
             keys: what secrets are sealed with.
-            pool: the warm pool of sessions that name no environment; None: none.
             vault: where files are kept; None: nowhere.
+            pool: which warm pools there are.
+            reachable: whether anything answers at an address.
         """
         self.host = host
         self.principal = principal
@@ -141,8 +148,14 @@ class FakeGateway:
             memory=memory,
         )
         self.scheduler = Scheduler(self.owner.step)
-        self.pool = Pool(self.store, self.owner, self.scheduler, shows_config=self.folders.shows)
-        self.pool.want([] if pool is None else [pool])
+        self.pool = Pool(
+            self.store,
+            self.owner,
+            self.scheduler,
+            pool,
+            shows_config=self.folders.shows,
+            run_blocking=asyncio.to_thread,
+        )
         self.streams = Streams(self.store, self.bus, self.live, buffer_bytes=buffer_bytes, observer=observer)
         self.service = SessionService(
             self.store,
@@ -171,6 +184,16 @@ class FakeGateway:
             self.store, self.objects, self.keeper, run_blocking=asyncio.to_thread, max_bytes=2**20
         )
         self.diffs = Diffs(self.store, None, self.folders, run_blocking=asyncio.to_thread)
+        self.life = EnvironmentLife(
+            self.store,
+            self.pool,
+            self.runtimes,
+            self.scheduler,
+            check_model=check_model,
+            check_environment=lambda environment: None,
+            reachable=reachable,
+            mcp_servers=owner_options.mcp_servers,
+        )
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
         self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)

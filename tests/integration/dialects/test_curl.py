@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
 
 
 @pytest.mark.parametrize("where", ["its own port", "/compat"])
-@pytest.mark.parametrize("name", ["claude-agent-http", "sdk-server"])
+@pytest.mark.parametrize("name", ["claude-agent-http", "claudecode-api", "sdk-server"])
 async def test_every_call_by_curl(serve, name, where):
     server = await serve(dialects={name: {"port": 0, "auth": "none"}})
     url = server.listeners[name] if where == "its own port" else f"{server.url}/compat/{name}"

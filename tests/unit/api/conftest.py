@@ -79,6 +79,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 artifacts=gateway.artifacts,
                 diffs=gateway.diffs,
                 secrets=gateway.secrets,
+                life=gateway.life,
                 authenticator=Authenticator(gateway.store, admin_key=key) if key is not None else None,
                 spending=Spending(gateway.store, Allowances()),
                 history=History(gateway.store),

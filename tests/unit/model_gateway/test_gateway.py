@@ -176,6 +176,13 @@ async def test_an_answer_is_charged_what_it_says(road: Road, stack: AsyncExitSta
     assert road.upstream.asked == [ASK]
 
 
+async def test_an_agent_in_a_warm_pool_asks_for_nobody(road: Road, stack: AsyncExitStack) -> None:
+    await road.open(stack)
+    _, _, headers = await road.session(reserved="default:1")
+    assert (await road.ask(headers)).status_code == 401
+    assert road.upstream.asked == []
+
+
 async def test_a_streamed_answer_too(road: Road, stack: AsyncExitStack) -> None:
     await road.open(stack)
     session, turn, headers = await road.session()

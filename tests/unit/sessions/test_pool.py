@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from carrel import abc
-from carrel.errors import MissingCredential, OutOfMemory, SandboxLost, SessionLimitReached, SessionNotFound
+from carrel.errors import MissingCredential, OutOfMemory, SessionLimitReached, SessionNotFound
 from carrel.model import ADMIN, PermissionMode, Principal, Session, SessionStatus, TurnStatus, Workspace
+from carrel.protocol.environments import DEFAULT_ENVIRONMENT, EnvironmentSpec
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.spec import CreateSession, CreateTurn, SessionSpec, UpdateSession
+from carrel.sessions.environments import AS_SETTINGS_SAY
 from carrel.sessions.memory import Memory
-from carrel.sessions.pool import DEFAULT_POOL, PoolState, Recipe, why_cold
+from carrel.sessions.pool import PoolState, Recipe, Recipes, why_cold
 from carrel.sessions.service import ServiceOptions
 from carrel.testing import FakeGateway, FakeHost
 from carrel.testing.fakes import FakeRunner
@@ -22,8 +24,18 @@ Eventually = Callable[..., Awaitable[None]]
 MIB = 2**20
 
 
-def recipe(size: int, **spec: Any) -> Recipe:
-    return Recipe(name=DEFAULT_POOL, size=size, spec=SessionSpec(**spec))
+def recipes(size: int, **spec: Any) -> Recipes:
+    return Recipes(defaults=SessionSpec(**spec), default_size=size)
+
+
+def recipe(**spec: Any) -> Recipe:
+    return recipes(1, **spec).of(AS_SETTINGS_SAY)
+
+
+async def want(gateway: FakeGateway, **spec: Any) -> None:
+    """Write the next version of `default`."""
+    await gateway.environments.put(ADMIN, DEFAULT_ENVIRONMENT, EnvironmentSpec.model_validate(spec))
+    gateway.pool.poke()
 
 
 async def waiting(gateway: FakeGateway) -> list[Session]:
@@ -31,7 +43,7 @@ async def waiting(gateway: FakeGateway) -> list[Session]:
 
 
 async def state(gateway: FakeGateway) -> PoolState:
-    return (await gateway.pool.states())[DEFAULT_POOL]
+    return await gateway.pool.state(DEFAULT_ENVIRONMENT)
 
 
 async def warm(gateway: FakeGateway, count: int) -> None:
@@ -59,7 +71,7 @@ async def cut(gateway: FakeGateway, session: Session) -> None:
 async def test_a_session_is_taken_with_its_agent_and_the_gap_is_filled(
     open_gateway: Any, host: FakeHost, story: Callable[[list[StoredEvent]], list[str]]
 ) -> None:
-    gateway = await open_gateway(pool=recipe(2))
+    gateway = await open_gateway(pool=recipes(2))
     await warm(gateway, 2)
     before = {runner.spec.session_id for runner in host.alive}
     session = await gateway.create(title="mine", metadata={"a": 1}, ttl_seconds=1000)
@@ -77,7 +89,7 @@ async def test_a_session_is_taken_with_its_agent_and_the_gap_is_filled(
 async def test_what_is_told_of_it_is_what_is_told_of_one_that_started_cold(
     open_gateway: Any, story: Callable[[list[StoredEvent]], list[str]]
 ) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     stories = []
     for options in ({}, {"effort": "low"}):
@@ -88,7 +100,7 @@ async def test_what_is_told_of_it_is_what_is_told_of_one_that_started_cold(
 
 
 async def test_two_at_once_never_get_the_same_and_who_finds_none_starts_cold(open_gateway: Any) -> None:
-    gateway = await open_gateway(pool=recipe(3))
+    gateway = await open_gateway(pool=recipes(3))
     await warm(gateway, 3)
     pooled = {session.id for session in await waiting(gateway)}
     made = await asyncio.gather(*(gateway.create() for _ in range(20)))
@@ -100,7 +112,7 @@ async def test_two_at_once_never_get_the_same_and_who_finds_none_starts_cold(ope
 
 
 async def test_no_two_sessions_have_files_of_the_same_user(open_gateway: Any) -> None:
-    gateway = await open_gateway(pool=recipe(2))
+    gateway = await open_gateway(pool=recipes(2))
     await warm(gateway, 2)
     taken, cold = await gateway.create(), await gateway.create(effort="low")
     await gateway.run(taken.id, "hello")
@@ -111,7 +123,7 @@ async def test_no_two_sessions_have_files_of_the_same_user(open_gateway: Any) ->
 
 
 async def test_lists_are_in_the_order_of_creation(open_gateway: Any) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     cold, taken = await gateway.create(effort="low"), await gateway.create()
     listed = await gateway.service.page(gateway.principal, status=None, cursor=None, limit=10)
@@ -119,7 +131,7 @@ async def test_lists_are_in_the_order_of_creation(open_gateway: Any) -> None:
 
 
 async def test_live_options_are_applied_when_it_is_taken(open_gateway: Any, host: FakeHost) -> None:
-    gateway = await open_gateway(pool=recipe(1, model="sonnet"))
+    gateway = await open_gateway(pool=recipes(1, model="sonnet"))
     await warm(gateway, 1)
     (pooled,) = await waiting(gateway)
     session = await gateway.create(model="opus", permission_mode="plan")
@@ -132,7 +144,7 @@ async def test_live_options_are_applied_when_it_is_taken(open_gateway: Any, host
 async def test_live_options_that_did_not_arrive_are_told_when_the_runner_is_back(
     open_gateway: Any, host: FakeHost, eventually: Eventually
 ) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     session = await gateway.create()
     runner = runner_of(host, session.id)
@@ -147,7 +159,7 @@ async def test_live_options_that_did_not_arrive_are_told_when_the_runner_is_back
 
 
 async def test_options_that_did_arrive_are_not_told_again(open_gateway: Any, host: FakeHost) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     session = await gateway.create(model="opus")
     await gateway.run(session.id, "hello")
@@ -174,7 +186,7 @@ async def test_options_that_did_arrive_are_not_told_again(open_gateway: Any, hos
 )
 def test_what_starts_cold(options: dict[str, Any], why: str) -> None:
     given: dict[str, Any] = {"spec": SessionSpec(), "workspace": None, "user_config": False} | options
-    reason = why_cold(recipe(1), given.pop("spec"), given.pop("workspace"), **given)
+    reason = why_cold(recipe(), given.pop("spec"), given.pop("workspace"), **given)
     assert reason is not None
     assert why in reason
 
@@ -182,22 +194,22 @@ def test_what_starts_cold(options: dict[str, Any], why: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(SessionSpec.model_fields) - {"model", "permission_mode"}))
 def test_no_option_but_the_live_ones_is_put_upon_an_agent_that_runs(name: str) -> None:
     other = SessionSpec.model_construct(**{name: "other"})
-    assert why_cold(recipe(1), other, None, user_config=False) is not None
+    assert why_cold(recipe(), other, None, user_config=False) is not None
 
 
 def test_live_options_and_an_ephemeral_workspace_are_served() -> None:
     spec = SessionSpec(model="opus", permission_mode=PermissionMode.PLAN)
-    assert why_cold(recipe(1), spec, Workspace(), user_config=False) is None
+    assert why_cold(recipe(), spec, Workspace(), user_config=False) is None
 
 
 def test_an_agent_that_was_not_launched_to_act_without_asking_is_not_made_to() -> None:
     spec = SessionSpec(permission_mode=PermissionMode.BYPASS)
-    assert why_cold(recipe(1, permission_mode="default"), spec, None, user_config=False) is not None
-    assert why_cold(recipe(1), spec, None, user_config=False) is None
+    assert why_cold(recipe(permission_mode="default"), spec, None, user_config=False) is not None
+    assert why_cold(recipe(), spec, None, user_config=False) is None
 
 
 async def test_a_user_with_a_configuration_of_their_own_starts_cold(open_gateway: Any, tmp_path: Path) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     (pooled,) = await waiting(gateway)
     (tmp_path / "users" / "alice" / ".claude").mkdir(parents=True)
@@ -211,7 +223,7 @@ async def test_a_user_with_a_configuration_of_their_own_starts_cold(open_gateway
 
 
 async def test_nobody_sees_what_waits(open_gateway: Any) -> None:
-    gateway = await open_gateway(pool=recipe(2), service_options=ServiceOptions(max_sessions=2))
+    gateway = await open_gateway(pool=recipes(2), service_options=ServiceOptions(max_sessions=2))
     await warm(gateway, 2)
     (one, _) = await waiting(gateway)
     for principal in (gateway.principal, ADMIN):
@@ -232,7 +244,7 @@ async def test_nobody_sees_what_waits(open_gateway: Any) -> None:
 
 
 async def test_one_that_starts_takes_no_place_of_those_at_work(open_gateway: Any, host: FakeHost) -> None:
-    gateway = await open_gateway(pool=recipe(2), max_concurrent_turns=1)
+    gateway = await open_gateway(pool=recipes(2), max_concurrent_turns=1)
     session = await gateway.create(effort="low")
     assert (await gateway.run(session.id, "hello")).status is TurnStatus.SUCCEEDED
     await warm(gateway, 2)
@@ -244,7 +256,7 @@ async def test_one_that_starts_takes_no_place_of_those_at_work(open_gateway: Any
 async def test_one_that_dies_is_thrown_away_and_another_takes_its_place(
     open_gateway: Any, host: FakeHost, eventually: Eventually
 ) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     (dead,) = await waiting(gateway)
     runner_of(host, dead.id).kill()
@@ -258,7 +270,7 @@ async def test_one_that_dies_is_thrown_away_and_another_takes_its_place(
 
 
 async def test_one_that_died_unnoticed_loses_no_prompt(open_gateway: Any, host: FakeHost) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     session = await gateway.create()
     runner_of(host, session.id).kill()
@@ -269,7 +281,7 @@ async def test_a_pool_that_cannot_be_filled_says_why_and_tries_less_and_less(ope
     def refuse() -> None:
         raise MissingCredential
 
-    gateway = await open_gateway(pool=recipe(1), check_model=refuse)
+    gateway = await open_gateway(pool=recipes(1), check_model=refuse)
     async with asyncio.timeout(15):
         while (await state(gateway)).failure is None:
             await asyncio.sleep(0.005)
@@ -282,27 +294,27 @@ async def test_a_pool_that_cannot_be_filled_says_why_and_tries_less_and_less(ope
 
 
 async def test_a_restart_begins_with_a_new_pool(open_gateway: Any, host: FakeHost, eventually: Eventually) -> None:
-    first = await open_gateway(pool=recipe(2))
+    first = await open_gateway(pool=recipes(2))
     await warm(first, 2)
     old = {session.id for session in await waiting(first)}
     await first.__aexit__(None, None, None)
-    second = await open_gateway(pool=recipe(1, model="opus"))
+    second = await open_gateway(pool=recipes(1, model="opus"))
     await warm(second, 1)
     assert not old & {session.id for session in await waiting(second)}
     await eventually(lambda: len(host.alive) == 1)
 
 
 async def test_other_options_replace_what_waits(open_gateway: Any, host: FakeHost, eventually: Eventually) -> None:
-    gateway = await open_gateway(pool=recipe(2))
+    gateway = await open_gateway(pool=recipes(2))
     await warm(gateway, 2)
     old = {session.id for session in await waiting(gateway)}
     taken = await gateway.create()
-    gateway.pool.want([recipe(1, effort="low")])
+    await want(gateway, warm_pool=1, options={"effort": "low"})
     assert (await gateway.create()).id not in old
     await warm(gateway, 1)
     await eventually(lambda: len(host.alive) == 2)
     assert {runner.spec.session_id for runner in host.alive} >= {taken.id}
-    gateway.pool.want([])
+    await want(gateway)
     await eventually(lambda: [runner.spec.session_id for runner in host.alive] == [taken.id])
 
 
@@ -310,7 +322,7 @@ async def test_for_want_of_memory_it_shrinks_first_and_is_not_filled(
     open_gateway: Any, host: FakeHost, eventually: Eventually
 ) -> None:
     memory = Memory(1000 * MIB)
-    gateway = await open_gateway(pool=recipe(2), memory=memory)
+    gateway = await open_gateway(pool=recipes(2), memory=memory)
     await warm(gateway, 2)
     session = await gateway.create()
     await gateway.run(session.id, "hello")
@@ -329,23 +341,21 @@ async def test_for_want_of_memory_it_shrinks_first_and_is_not_filled(
 
 
 async def test_while_the_server_drains_nothing_is_taken_or_begun(open_gateway: Any) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
     (pooled,) = await waiting(gateway)
     gateway.owner.draining = True
     assert (await gateway.create()).id != pooled.id
-    gateway.pool.want([recipe(1, effort="low")])
+    await want(gateway, warm_pool=1, options={"effort": "low"})
     await gateway.pool.look()
     assert [session.id for session in await waiting(gateway)] == []
 
 
 async def test_no_sandbox_is_left_of_what_is_thrown_away(open_gateway: Any, host: FakeHost) -> None:
-    gateway = await open_gateway(pool=recipe(1))
+    gateway = await open_gateway(pool=recipes(1))
     await warm(gateway, 1)
-    gateway.pool.want([])
+    await want(gateway)
     async with asyncio.timeout(15):
         while await gateway.store.read(lambda tx: list(tx.sandboxes.not_gone())) or host.alive:
             await asyncio.sleep(0.005)
-    assert SandboxLost.code not in [
-        each.failure.code for each in (await gateway.pool.states()).values() if each.failure
-    ]
+    assert (await state(gateway)).failure is None

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from carrel.api.dependencies import PRINCIPAL
-from carrel.api.dialects.errors import refusal
+from carrel.api.dialects.errors import Refuse
 from carrel.errors import AuthenticationRequired, CarrelError, Forbidden, MissingScope
 from carrel.model import ADMIN, Principal, Scope
 
@@ -76,16 +76,18 @@ class DialectAuth:
 class CallerFirst:
     """Turns away who may not call, before a byte of the body is read; notes who it is otherwise."""
 
-    def __init__(self, app: ASGIApp, *, auth: DialectAuth) -> None:
+    def __init__(self, app: ASGIApp, *, auth: DialectAuth, refuse: Refuse) -> None:
         self._app = app
         self._auth = auth
+        self._refuse = refuse
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in _OPEN:
+            connection = HTTPConnection(scope)
             try:
-                principal = await self._auth.principal_of(HTTPConnection(scope))
+                principal = await self._auth.principal_of(connection)
             except CarrelError as error:
-                await refusal(error)(scope, receive, send)
+                await self._refuse(error, connection)(scope, receive, send)
                 return
             scope[PRINCIPAL] = principal
         await self._app(scope, receive, send)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.encoders import jsonable_encoder
 from pydantic import ValidationError
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 
 from carrel.errors import CarrelError
@@ -15,8 +17,12 @@ from carrel.errors import CarrelError
 log = structlog.get_logger(__name__)
 
 
-def refusal(error: CarrelError) -> Response:
-    """The error as a response."""
+Refuse = Callable[[CarrelError, HTTPConnection], Response]
+"""Makes the response to a request that is refused."""
+
+
+def refusal(error: CarrelError, connection: HTTPConnection) -> Response:
+    """The error as `{"detail": …}`."""
     headers = {}
     if error.http_status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
@@ -25,14 +31,14 @@ def refusal(error: CarrelError) -> Response:
     return JSONResponse({"detail": error.message}, status_code=error.http_status, headers=headers)
 
 
-def install(app: FastAPI) -> None:
-    """Have every error of the application answered as `{"detail": …}`."""
+def install(app: FastAPI, refuse: Refuse) -> None:
+    """Have every error of the application answered: ours as `refuse` says, others as `{"detail": …}`."""
 
     @app.exception_handler(CarrelError)
     async def ours(request: Request, error: CarrelError) -> Response:
         if error.http_status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             log.warning("request.failed", code=error.code, path=request.url.path, detail=str(error))
-        return refusal(error)
+        return refuse(error, request)
 
     @app.exception_handler(ValidationError)
     async def invalid_inside(request: Request, error: ValidationError) -> Response:

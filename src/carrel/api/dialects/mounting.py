@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
@@ -12,24 +13,35 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from carrel import __version__
 from carrel.api.dependencies import PRINCIPAL, Services
-from carrel.api.dialects import claude_agent_http, errors, sdk_server
+from carrel.api.dialects import claude_agent_http, claudecode_api, errors, sdk_server
 from carrel.api.dialects.auth import CallerFirst
 from carrel.api.dialects.options import DialectOptions
 
-DIALECTS: Mapping[str, tuple[str, Callable[[Services, DialectOptions], APIRouter]]] = {
-    "claude-agent-http": (claude_agent_http.TITLE, claude_agent_http.create_router),
-    "sdk-server": (sdk_server.TITLE, sdk_server.create_router),
+
+@dataclass(frozen=True)
+class Dialect:
+    """An older service's API."""
+
+    title: str
+    create_router: Callable[[Services, DialectOptions], APIRouter]
+    refuse: errors.Refuse = errors.refusal
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "claude-agent-http": Dialect(claude_agent_http.TITLE, claude_agent_http.create_router),
+    "claudecode-api": Dialect(claudecode_api.TITLE, claudecode_api.create_router, claudecode_api.refusal),
+    "sdk-server": Dialect(sdk_server.TITLE, sdk_server.create_router),
 }
-"""Every dialect: its title, and what makes its routes."""
+"""Every dialect, by its name."""
 
 _AT_ROOT = "carrel.dialect_at_root"
 
 
 def create_dialect(name: str, services: Services, options: DialectOptions) -> FastAPI:
     """The application that speaks this dialect, with its own `/docs` and `/openapi.json`."""
-    title, create_router = DIALECTS[name]
+    dialect = DIALECTS[name]
     app = FastAPI(
-        title=title,
+        title=dialect.title,
         version=__version__,
         description=f"The API of `{name}`, spoken by Carrel.",
         redoc_url=None,
@@ -37,10 +49,10 @@ def create_dialect(name: str, services: Services, options: DialectOptions) -> Fa
         # Says in the document that a key is wanted; `CallerFirst` is who wants it.
         dependencies=[] if options.auth.mode == "none" else [Depends(HTTPBearer(auto_error=False))],
     )
-    errors.install(app)
-    app.include_router(create_router(services, options))
+    errors.install(app, dialect.refuse)
+    app.include_router(dialect.create_router(services, options))
     services.edges.inside(app, unnamed=None)
-    app.add_middleware(CallerFirst, auth=options.auth)
+    app.add_middleware(CallerFirst, auth=options.auth, refuse=dialect.refuse)
     return app
 
 

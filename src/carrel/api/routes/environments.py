@@ -19,7 +19,7 @@ from carrel.errors import (
     ValidationFailed,
 )
 from carrel.model import Principal
-from carrel.protocol.environments import ENVIRONMENT_NAME, Environment, EnvironmentSpec
+from carrel.protocol.environments import ENVIRONMENT_NAME, Environment, EnvironmentSpec, EnvironmentStatus
 
 router = APIRouter(prefix="/environments", tags=["environments"])
 
@@ -39,6 +39,20 @@ _EXAMPLE = {
     "spec": _SPEC,
     "created_at": "2026-11-21T09:30:00Z",
     "created_by": "admin",
+}
+
+_STATUS = {
+    "name": "dev",
+    "version": 3,
+    "running": True,
+    "warm_wanted": 2,
+    "warm": 1,
+    "starting": 1,
+    "sessions": 12,
+    "live_sessions": 4,
+    "problems": [
+        {"code": "mcp_server_missing", "message": "The command of the MCP server files is not in the sandbox."}
+    ],
 }
 
 
@@ -111,6 +125,38 @@ async def list_environment_versions(
     """Every version of an environment, newest first."""
     found = await services.environments.versions(principal, environment_id)
     return answer({"data": [told(each, principal) for each in found], "next_cursor": None})
+
+
+@router.get(
+    "/{environment_id}/status",
+    response_model=EnvironmentStatus,
+    responses=responses(BoundToSession, EnvironmentNotFound) | {200: example(_STATUS)},
+)
+async def get_environment_status(
+    environment_id: EnvironmentId, services: ServicesDep, principal: UnboundDep
+) -> Response:
+    """How an environment does: whether it takes prompts, its warm pool, its sessions, and what is wrong with it."""
+    return answer((await services.life.status(principal, environment_id)).model_dump(mode="json"))
+
+
+@router.post(
+    "/{environment_id}/start",
+    response_model=EnvironmentStatus,
+    responses=responses(EnvironmentNotFound) | {200: example(_STATUS)},
+)
+async def start_environment(environment_id: EnvironmentId, services: ServicesDep, principal: AdminDep) -> Response:
+    """Have an environment take prompts, as a new one does; its warm pool is filled. Needs `admin`."""
+    return answer((await services.life.start(principal, environment_id)).model_dump(mode="json"))
+
+
+@router.post(
+    "/{environment_id}/stop",
+    response_model=EnvironmentStatus,
+    responses=responses(EnvironmentNotFound) | {200: example(_STATUS | {"running": False, "warm": 0, "starting": 0})},
+)
+async def stop_environment(environment_id: EnvironmentId, services: ServicesDep, principal: AdminDep) -> Response:
+    """Have an environment take no more prompts; those it has taken are answered. Needs `admin`."""
+    return answer((await services.life.stop(principal, environment_id)).model_dump(mode="json"))
 
 
 @router.delete(

@@ -23,7 +23,7 @@ from carrel.runtimes.local import processes
 from carrel.runtimes.local.caps import Fence, Means
 from carrel.runtimes.local.cgroups import Caps
 from carrel.runtimes.local.nursery import Nursery
-from carrel.runtimes.view import with_model
+from carrel.runtimes.view import COMMANDS, with_model
 
 log = structlog.get_logger(__name__)
 
@@ -89,6 +89,12 @@ class LocalRuntime(abc.Runtime):
         network = template.network
         if network is not None and network.mode == "allow" and self._isolation is not Isolation.BUBBLEWRAP:
             raise ValidationFailed(f"sandbox.network: allow cannot hold with isolation {self._isolation}")
+
+    def finds(self, command: str) -> bool | None:
+        """Whether there is such a command below /usr and what else of the host sandboxes see."""
+        if "/" in command:
+            return Path(command).exists() if command.startswith("/usr/") else None
+        return shutil.which(command, path=COMMANDS) is not None
 
     async def launch(self, spec: abc.LaunchSpec) -> AsyncIterator[dict[str, Any]]:
         """Start a sandbox; see the contract."""

@@ -11,6 +11,7 @@ from carrel import abc
 from carrel.protocol.environments import Environment, Secret
 from carrel.store import tables
 from carrel.store.rows.base import Rows, columns, name_of, named_cursor_of
+from carrel.store.rows.sessions import LIVE_SESSION
 
 _E = tables.environments.c
 _NEWEST_FIRST = sa.select(tables.environments).order_by(_E.version.desc())
@@ -50,14 +51,36 @@ class SqlEnvironments(Rows, abc.EnvironmentRows):
     def remove(self, name: str) -> None:
         """Delete the environment with all of its versions."""
         self._connection.execute(tables.environments.delete().where(_E.name == name))
+        self.set_stopped(name, False)
 
     def sessions(self, name: str, owner: str | None = None) -> int:
         """How many sessions are in it, of everybody or of one owner; deleted ones do not count."""
         s = tables.sessions.c
-        query = sa.select(sa.func.count()).where(s.environment == name, ~s.deleting)
+        query = sa.select(sa.func.count()).where(s.environment == name, ~s.deleting, s.reserved.is_(None))
         if owner is not None:
             query = query.where(s.owner == owner)
         return int(self._connection.execute(query).scalar_one())
+
+    def with_sandbox(self, name: str) -> Sequence[str]:
+        """The ids of sessions in it that have a sandbox or are getting one; not those in warm pools."""
+        s = tables.sessions.c
+        query = sa.select(s.id).where(
+            s.environment == name, s.status.in_(LIVE_SESSION), ~s.deleting, s.reserved.is_(None)
+        )
+        return list(self._connection.execute(query).scalars())
+
+    def stopped(self) -> Sequence[str]:
+        """The names of those that take no prompts, sorted."""
+        stopped = tables.stopped_environments.c.name
+        return list(self._connection.execute(sa.select(stopped).order_by(stopped)).scalars())
+
+    def set_stopped(self, name: str, stopped: bool) -> None:
+        """Have the environment take no prompts from here on, or take them again."""
+        table = tables.stopped_environments
+        if stopped:
+            self._insert_or_ignore(table, {"name": name})
+            return
+        self._connection.execute(table.delete().where(table.c.name == name))
 
 
 class SqlSecrets(Rows, abc.SecretRows):

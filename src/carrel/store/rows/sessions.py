@@ -16,7 +16,7 @@ from carrel.model import Session, SessionStatus, TurnStatus
 from carrel.store import tables
 from carrel.store.rows.base import Rows, columns, cursor_of, number_of, plain, update_of
 
-_LIVE_SESSION = (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING, SessionStatus.WAITING)
+LIVE_SESSION = (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING, SessionStatus.WAITING)
 
 
 _SESSION_COLUMNS = [tables.sessions.c[name] for name in Session.model_fields]
@@ -83,6 +83,8 @@ class SqlSessions(Rows, abc.SessionRows):
             query = query.where(tables.sessions.c.id == which.session_id)
         if which.status is not None:
             query = query.where(tables.sessions.c.status == which.status)
+        if which.environment is not None:
+            query = query.where(tables.sessions.c.environment == which.environment)
         if which.text is not None:
             query = query.where(_has_text(which.text, self._connection.dialect.name))
         if cursor is not None:
@@ -96,7 +98,7 @@ class SqlSessions(Rows, abc.SessionRows):
         s, t = tables.sessions, tables.turns
         waiting = sa.select(t.c.session_id).where(t.c.status.in_((TurnStatus.QUEUED, TurnStatus.RUNNING)))
         query = sa.select(s.c.id).where(
-            s.c.status.in_(_LIVE_SESSION)
+            s.c.status.in_(LIVE_SESSION)
             | s.c.deleting
             | (s.c.expires_at <= now)
             | s.c.restoring.is_not(None)
