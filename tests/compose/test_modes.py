@@ -233,12 +233,3 @@ def test_development(install: Callable[..., Any], wait_until: Callable[[Callable
 
     wait_until(serves_the_change)
     still_there(installation, session)
-
-
-@slow
-@pytest.mark.parametrize("name", ["MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"])
-def test_published_keys_stop_the_start(install: Callable[..., Any], name: str) -> None:
-    installation = install(**{name: "minioadmin"})
-    done = installation.run("./docker-start.sh", "--objects", check=False)
-    assert done.returncode != 0
-    assert f"{name} is a published default" in installation.compose("logs", "--no-color", "prepare-objects")

@@ -129,14 +129,13 @@ def test_what_listens_without_a_key_says_so_and_why() -> None:
 
 def _prepare(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = (ROOT / "deploy/compose/prepare").read_text()
-    script = re.sub(r"(?<![\w}])/(secrets|objects|data|opt)/", rf"{tmp_path}/\1/", script)
-    for name in ("secrets/app", "secrets/postgres", "secrets/objects", "opt/compose"):
+    script = re.sub(r"(?<![\w}])/(secrets|data|opt)/", rf"{tmp_path}/\1/", script)
+    for name in ("secrets/app", "secrets/postgres"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
-    (tmp_path / "opt/compose/objects.env").write_text("")
     given = {"CARREL_UID": "1000", "CARREL_GID": "1000", "POSTGRES_USER": "carrel", "POSTGRES_DB": "carrel"}
     return subprocess.run(
         ["/bin/sh", "-c", script, "prepare", *arguments],
-        env={"PATH": "/usr/bin:/bin", "MINIO_BUCKET": "carrel", **given, **environment},
+        env={"PATH": "/usr/bin:/bin", **given, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -165,9 +164,6 @@ def test_passwords_are_made_once(tmp_path: Path) -> None:
         ("postgres", {"POSTGRES_PASSWORD": "postgres"}, "POSTGRES_PASSWORD is a published default"),
         ("postgres", {"POSTGRES_PASSWORD": "short"}, "at least 16"),
         ("postgres", {"POSTGRES_PASSWORD": "with:colons@and/slashes"}, "letters, digits"),
-        ("objects", {"MINIO_ACCESS_KEY": "minioadmin"}, "MINIO_ACCESS_KEY is a published default"),
-        ("objects", {"MINIO_SECRET_KEY": "minioadmin"}, "MINIO_SECRET_KEY is a published default"),
-        ("objects", {"MINIO_SECRET_KEY": "tooshort"}, "at least 16"),
         ("", {"CARREL_UID": "0"}, "never root"),
         ("", {"CARREL_UID": "me"}, "never root"),
         ("", {"CARREL_GID": "100"}, "1000 or more"),
@@ -180,17 +176,8 @@ def test_what_is_unsafe_is_refused(tmp_path: Path, service: str, variables: dict
     assert list((tmp_path / "secrets").rglob("*.*")) == []
 
 
-@pytest.mark.requires("root")
-def test_the_keys_of_objects_are_taken_from_the_environment(tmp_path: Path) -> None:
-    given = {"MINIO_ACCESS_KEY": "our-access-key", "MINIO_SECRET_KEY": "our-secret-key-of-length"}
-    assert _prepare(tmp_path, "objects", **given).returncode == 0
-    assert (tmp_path / "secrets/objects/access-key").read_text() == "our-access-key"
-    assert (tmp_path / "secrets/app/secret-key").read_text() == "our-secret-key-of-length"
-    assert (tmp_path / "objects/carrel").is_dir()
-
-
 def test_the_start_script_tells_how_it_is_used() -> None:
     helped = subprocess.run([ROOT / "docker-start.sh", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--postgres", "--bind-mounts", "--objects", "--build", "--stop", "--down"):
+    for option in ("--postgres", "--bind-mounts", "--build", "--stop", "--down"):
         assert option in helped.stdout
     assert subprocess.run([ROOT / "docker-start.sh", "--no"], capture_output=True, check=False).returncode == 2

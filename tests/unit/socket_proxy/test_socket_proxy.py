@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from carrel.errors import EngineCallRefused, InvalidSettings
+from carrel.model import Resources, SandboxTemplate
+from carrel.runtimes import docker as runtime
+from carrel.runtimes.docker import container as runtime_container
 from carrel.socket_proxy import Bindable, SocketProxy, SocketProxyOptions, checked_container
 from carrel.socket_proxy.calls import checked_filters, find
 from carrel.socket_proxy.wire import read_request
