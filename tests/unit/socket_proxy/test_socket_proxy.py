@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from carrel.errors import EngineCallRefused, InvalidSettings
+from carrel.model import Resources, SandboxTemplate
+from carrel.runtimes import docker as runtime
+from carrel.runtimes.docker import container as runtime_container
 from carrel.socket_proxy import Bindable, SocketProxy, SocketProxyOptions, checked_container
 from carrel.socket_proxy.calls import checked_filters, find
 from carrel.socket_proxy.wire import read_request
@@ -339,3 +342,21 @@ async def test_it_does_not_start_without_knowing_what_it_guards(tmp_path: Path) 
         await _Engine(tmp_path / "engine.sock").start(stack)
         with pytest.raises(InvalidSettings, match="--owner"):
             await SocketProxy(options).start(stack)
+
+
+def test_all_that_the_runtime_asks_for_passes() -> None:
+    for asked in runtime.CALLS:
+        find(asked.method, "/v1.41" + asked.path.replace("{}", "box"), {})
+
+
+def test_a_sandbox_of_the_runtime_passes(bindable: Bindable) -> None:
+    asked = runtime_container.config(
+        sandbox_id="1",
+        session_id="2",
+        installation="3",
+        user=(1000, 1000),
+        template=SandboxTemplate(resources=Resources(memory_mb=512, processes=64, cpus=1.5)),
+        options=runtime.ContainerOptions(image="carrel-sandbox:1", oci_runtime="runsc"),
+        binds=[("/host/volume/sessions/1", runtime_container.Bind(Path("/data/sessions/1"), "/workspace"))],
+    )
+    assert checked(asked, bindable)["HostConfig"] == asked["HostConfig"]

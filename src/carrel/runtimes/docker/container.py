@@ -171,11 +171,12 @@ def config(
 
 
 def _mount(source: str, target: str, read_only: bool) -> dict[str, Any]:
-    # Never made where it is missing: a wrong path is to be an error, not an empty folder of root's.
+    # Never made where it is missing: a wrong path is to be an error, not an empty folder of root's. And what the host
+    # mounts there later may come along: of a volume, which is in the engine's own folder, engines take no other way.
     return {
         "Type": "bind",
         "Source": source,
         "Target": target,
         "ReadOnly": read_only,
-        "BindOptions": {"Propagation": "rprivate"},
+        "BindOptions": {"Propagation": "rslave"},
     }
