@@ -84,7 +84,9 @@ class Installation:
         return httpx.Client(base_url=self.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=90)
 
     def remove(self) -> None:
-        print(self.compose("--profile", "*", "logs", "--no-color", "--tail", "40", check=False))  # seen where a test fails
+        print(
+            self.compose("--profile", "*", "logs", "--no-color", "--tail", "40", check=False)
+        )  # seen where a test fails
         sandboxes = self.sandboxes()
         if sandboxes:
             self.run("docker", "rm", "--force", *sandboxes, check=False)
