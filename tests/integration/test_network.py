@@ -119,3 +119,25 @@ async def test_with_an_open_network_nothing_is_recorded_and_that_is_said(start, 
     narrow = await api.session(network={"allow": ["example.org"]})
     assert "Failed to connect" in await said(api, narrow, f"curl -sS -m 9 --noproxy '*' http://127.0.0.1:{port}/ 2>&1")
     assert len(came) == 1
+
+
+@pytest.mark.requires("docker", "sandbox-image")
+async def test_a_container_reaches_what_is_allowed_and_nothing_else(start, site):
+    """The runner is inside, so it listens itself; behind it is the same proxy."""
+    port, came = site
+    api = await start(runtime="docker", network={"allow": [f"localhost:{port}"]}, egress=LOOPBACK)
+    session = await api.session()
+    assert await said(api, session, curl(f"http://localhost:{port}/a")) == "hello"
+    assert await said(api, session, curl(f"http://localhost:{port}/b", "-p")) == "hello"
+    assert "403" in await said(api, session, curl("https://example.net/"))
+    assert "none" in await said(api, session, "getent hosts example.net || echo none")
+    direct = await said(api, session, f"curl -sS -m 9 --noproxy '*' http://127.0.0.1:{port}/ 2>&1")
+    assert "Failed to connect" in direct or "Could not connect" in direct
+    assert [line.split()[1] for line in came] == ["/a", "/b"]
+    assert await record(api, session) == {
+        ("localhost", port, "allowed", "listed"): 2,
+        ("example.net", 443, "refused", "not_listed"): 1,
+    }
+    closed = await api.session(network="gateway-only")
+    assert "connect" in await said(api, closed, "curl -sS -m 9 -x http://127.0.0.1:3128 http://localhost/ 2>&1")
+    assert (await api.ask("GET", f"/sessions/{closed}/network"))["data"] == []
