@@ -121,7 +121,7 @@ async def test_with_an_open_network_nothing_is_recorded_and_that_is_said(start, 
     assert len(came) == 1
 
 
-@pytest.mark.requires("docker", "sandbox-image")
+@pytest.mark.requires("docker", "images")
 async def test_a_container_reaches_what_is_allowed_and_nothing_else(start, site):
     """The runner is inside, so it listens itself; behind it is the same proxy."""
     port, came = site
