@@ -47,6 +47,7 @@
     │   ├── TurnAtWork                  409
     │   ├── TurnRewound                 409
     │   ├── SnapshotMissing             409
+    │   ├── NotARepository              409
     │   ├── FilesShared                 409
     │   ├── EnvironmentInUse            409
     │   ├── EnvironmentFixed            409
@@ -367,6 +368,10 @@ class TurnRewound(Conflict):
 
 class SnapshotMissing(Conflict):
     """The files as they were at the end of this turn were not kept; ask without files, or name another turn."""
+
+
+class NotARepository(Conflict):
+    """The workspace is not a git repository."""
 
 
 class FilesShared(Conflict):

@@ -26,6 +26,8 @@ POINTS: Final = frozenset(
         "usage.reserved",
         "usage.recorded",
         "evict.marked",
+        "restore.marked",
+        "restore.adopted",
         "delete.marked",
         "delete.files_gone",
     }

@@ -410,6 +410,7 @@ class Restoring(Frozen):
 
     snapshot_id: str | None = Field(default=None, description="The files to put back; None: they stay as they are.")
     turn_id: str | None = Field(default=None, description="The turn to go back to; None: the conversation stays.")
+    upto_turn: int = Field(default=0, description="The number of the last turn that it goes back behind.")
 
 
 class NamedWorkspace(Frozen):
@@ -446,7 +447,7 @@ class Snapshot(Frozen):
     id: str
     session_id: str
     workspace_id: str | None = Field(default=None, exclude=True)
-    number: int = Field(exclude=True, description="Orders all snapshots of this installation.")
+    number: int = Field(exclude=True, description="Orders snapshots: the time, in microseconds.")
     reason: SnapshotReason
     turn_id: str | None = Field(default=None, description="The turn after which it was taken.")
     seq: int = Field(description="The number of the session's newest event then.")

@@ -67,6 +67,8 @@ BODIES: dict[str, Any] = {
     "PATCH /sessions/{session_id}": {"title": "stolen"},
     "POST /sessions/{session_id}/turns": {"prompt": "Hello"},
     "PUT /sessions/{session_id}/files/{path}": b"stolen",
+    "POST /sessions/{session_id}/artifacts": {"path": "a.txt"},
+    "POST /sessions/{session_id}/rewind": {"seq": 100},
     "PATCH /workspaces/{workspace_id}": {"quota_mb": 1},
     "POST /interactions/{interaction_id}/answer": {"decision": "allow"},
 }
@@ -158,6 +160,7 @@ class House:
             "/workspaces",
             "/interactions",
             "/environments",
+            f"{session}/artifacts",
         ):
             response = await self.http.get(API + path, headers={"Authorization": f"Bearer {self.alices_key}"})
             assert response.status_code == 200
@@ -197,12 +200,17 @@ async def house(start: Any) -> Any:
         await api.server.services.store.write(lambda tx: tx.interactions.add(asked))
         environment = {"description": MARK, "allowed_roles": ["user:alice"]}
         await api.ask("PUT", "/environments/alices", 201, json=environment)
+        kept = await api.ask("POST", f"/sessions/{session}/snapshots", 201, headers=as_alice)
+        path = {"path": "a.txt"}
+        published = await api.ask("POST", f"/sessions/{session}/artifacts", 201, json=path, headers=as_alice)
         alice = {
-            "workspace_id": shop["id"],
-            "interaction_id": asked.id,
             "environment_id": "alices",
             "session_id": session,
             "turn_id": turn,
+            "snapshot_id": kept["id"],
+            "artifact_id": published["id"],
+            "workspace_id": shop["id"],
+            "interaction_id": asked.id,
             "path": "a.txt",
             "key_id": made["id"],
             "user_id": "alice",

@@ -13,8 +13,10 @@ from carrel.api import problems
 from carrel.api.authentication import KeyFirst
 from carrel.api.dependencies import Services
 from carrel.api.routes import (
+    artifacts,
     audit,
     environments,
+    diff,
     events,
     files,
     health,
@@ -26,6 +28,7 @@ from carrel.api.routes import (
     network,
     query,
     sessions,
+    snapshots,
     tickets,
     turns,
     usage,
@@ -63,6 +66,9 @@ def create_app(services: Services) -> FastAPI:
         messages.router,
         files.router,
         network.router,
+        snapshots.router,
+        diff.router,
+        artifacts.router,
         query.router,
         models.router,
         audit.router,

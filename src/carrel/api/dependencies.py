@@ -16,9 +16,12 @@ from carrel.auth import Authenticator
 from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
 from carrel.sessions.environments import Environments
+from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.diffs import Diffs
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
 from carrel.sessions.service import SessionService
+from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
 from carrel.sessions.workspaces import NamedWorkspaces
 
@@ -32,6 +35,9 @@ class Services:
     workspaces: NamedWorkspaces
     interactions: Interactions
     environments: Environments
+    snapshots: Snapshots
+    artifacts: Artifacts
+    diffs: Diffs
     spending: Spending
     history: History
     authenticator: Authenticator | None

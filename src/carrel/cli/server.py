@@ -25,6 +25,7 @@ from carrel.cli.data_folder import DataFolder
 from carrel.cli.dialects import dialect_options, say_dialects
 from carrel.cli.direct import check_direct, direct_environment
 from carrel.cli.drain import drain
+from carrel.cli.kept_files import KeptFiles
 from carrel.cli.listening import listen, serve_link, serve_unix
 from carrel.cli.runtimes import choose_runtimes
 from carrel.cli.seen import Seen, build_edges, configure_logs
@@ -40,6 +41,8 @@ from carrel.protocol.bootstrap import EGRESS_SOCKET
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import Environments, check_environment
+from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.diffs import Diffs
 from carrel.sessions.guard import Guard
 from carrel.sessions.history import History
 from carrel.sessions.hub import Hub
@@ -52,6 +55,7 @@ from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
+from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
 from carrel.sessions.streams import Streams
 from carrel.sessions.workspaces import NamedWorkspaces
@@ -213,6 +217,9 @@ async def _build(
         max_concurrent_turns=settings.limits.max_concurrent_turns,
     )
     live.observers.append(admission.heard)
+    kept = await KeptFiles.open(settings, store, folders, lambda session_id: scheduler.poke(session_id), stack)
+    keeper = kept.keeper
+    live.observers.append(keeper.heard)
     owner = Owner(
         store,
         runtimes,
@@ -231,11 +238,13 @@ async def _build(
             allowances=allowances,
             network=settings.network,
         ),
+        keeper=keeper,
         memory=_memory(settings.limits),
     )
     scheduler = Scheduler(owner.step)
     await scheduler.start(stack)
     await admission.start(stack)
+    await keeper.start(stack)
     await serve_link(hub, folder.link_socket, settings.max_frame_bytes, stack)
     pool = Pool(store, owner, scheduler, shows_config=folders.shows)
     pool.want([Recipe(name=DEFAULT_POOL, size=settings.warm_pool, spec=defaults)])
@@ -251,6 +260,7 @@ async def _build(
         hub,
         folders,
         admission,
+        keeper,
         run_blocking=asyncio.to_thread,
         options=ServiceOptions(
             max_queued_turns=settings.max_queued_turns,
@@ -289,6 +299,11 @@ async def _build(
                 allow_open=settings.allow_insecure or settings.wants_keys,
             ),
         ),
+        snapshots=Snapshots(store, keeper, scheduler),
+        artifacts=Artifacts(
+            store, kept.objects, keeper, run_blocking=asyncio.to_thread, max_bytes=settings.max_file_bytes
+        ),
+        diffs=Diffs(store, kept.vault, folders, run_blocking=asyncio.to_thread),
         authenticator=authenticator if settings.auth != "none" else None,
         spending=Spending(store, allowances),
         history=History(store),

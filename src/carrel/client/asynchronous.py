@@ -26,6 +26,7 @@ from carrel.client.types import (
     Message,
     NamedWorkspace,
     Session,
+    Snapshot,
     Turn,
     UsageReport,
     User,
@@ -36,7 +37,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["AsyncCarrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot)
 
 
 class AsyncCarrel:
@@ -75,6 +76,7 @@ class AsyncCarrel:
         self.turns = AsyncTurns(wire)
         self.events = AsyncEvents(wire)
         self.files = AsyncFiles(wire)
+        self.snapshots = AsyncSnapshots(wire)
         self.workspaces = AsyncWorkspaces(wire)
         self.environments = AsyncEnvironments(wire)
         self.keys = AsyncKeys(wire)
@@ -243,6 +245,12 @@ class AsyncSessions:
         """A new session that goes on from the end of a turn, by default the last one."""
         return await self._wire.send(calls.fork_session(session_id, turn_id, idempotency_key))
 
+    async def rewind(
+        self, session_id: str, *, turn_id: str | None = None, seq: int | None = None, files: bool = True
+    ) -> Session:
+        """Go back to the end of a turn, or of the last one that had ended by an event: conversation and files."""
+        return await self._wire.send(calls.rewind_session(session_id, turn_id, seq, files))
+
     def export(self, session_id: str) -> AsyncGenerator[bytes, None]:
         """Everything of the session: lines of JSON, in chunks that end anywhere."""
         return self._wire.chunks(calls.export_session(session_id))
@@ -343,6 +351,25 @@ class AsyncFiles:
     async def delete(self, session_id: str, path: str) -> None:
         """Delete a file, or a folder with all that is in it."""
         await self._wire.send(calls.delete_file(session_id, path))
+
+
+class AsyncSnapshots:
+    """What is kept of the files of sessions."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def list(self, session_id: str, *, page_size: int | None = None) -> AsyncIterator[Snapshot]:
+        """Every snapshot of the session, newest first."""
+        return self._wire.items(calls.list_snapshots(session_id, page_size))
+
+    async def take(self, session_id: str) -> Snapshot:
+        """Take one now."""
+        return await self._wire.send(calls.take_snapshot(session_id))
+
+    async def restore(self, session_id: str, snapshot_id: str) -> Session:
+        """Put the session's files back to a snapshot; its conversation stays."""
+        return await self._wire.send(calls.restore_snapshot(session_id, snapshot_id))
 
 
 class AsyncWorkspaces:

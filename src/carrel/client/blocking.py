@@ -26,6 +26,7 @@ from carrel.client.types import (
     Message,
     NamedWorkspace,
     Session,
+    Snapshot,
     Turn,
     UsageReport,
     User,
@@ -36,7 +37,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Carrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot)
 
 
 class Carrel:
@@ -75,6 +76,7 @@ class Carrel:
         self.turns = Turns(wire)
         self.events = Events(wire)
         self.files = Files(wire)
+        self.snapshots = Snapshots(wire)
         self.workspaces = Workspaces(wire)
         self.environments = Environments(wire)
         self.keys = Keys(wire)
@@ -240,6 +242,12 @@ class Sessions:
         """A new session that goes on from the end of a turn, by default the last one."""
         return self._wire.send(calls.fork_session(session_id, turn_id, idempotency_key))
 
+    def rewind(
+        self, session_id: str, *, turn_id: str | None = None, seq: int | None = None, files: bool = True
+    ) -> Session:
+        """Go back to the end of a turn, or of the last one that had ended by an event: conversation and files."""
+        return self._wire.send(calls.rewind_session(session_id, turn_id, seq, files))
+
     def export(self, session_id: str) -> Generator[bytes, None, None]:
         """Everything of the session: lines of JSON, in chunks that end anywhere."""
         return self._wire.chunks(calls.export_session(session_id))
@@ -340,6 +348,25 @@ class Files:
     def delete(self, session_id: str, path: str) -> None:
         """Delete a file, or a folder with all that is in it."""
         self._wire.send(calls.delete_file(session_id, path))
+
+
+class Snapshots:
+    """What is kept of the files of sessions."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def list(self, session_id: str, *, page_size: int | None = None) -> Iterator[Snapshot]:
+        """Every snapshot of the session, newest first."""
+        return self._wire.items(calls.list_snapshots(session_id, page_size))
+
+    def take(self, session_id: str) -> Snapshot:
+        """Take one now."""
+        return self._wire.send(calls.take_snapshot(session_id))
+
+    def restore(self, session_id: str, snapshot_id: str) -> Session:
+        """Put the session's files back to a snapshot; its conversation stays."""
+        return self._wire.send(calls.restore_snapshot(session_id, snapshot_id))
 
 
 class Workspaces:

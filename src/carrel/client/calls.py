@@ -21,6 +21,7 @@ from carrel.client.types import (
     NamedWorkspace,
     Page,
     Session,
+    Snapshot,
     Turn,
     UsageReport,
     User,
@@ -30,7 +31,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Call", "Listing"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment)
+M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot)
 
 API = "/api/v1"
 EVENT_STREAM = "text/event-stream"
@@ -142,6 +143,25 @@ def fork_session(session_id: str, turn_id: str | None, idempotency_key: str | No
     body = {} if turn_id is None else {"turn_id": turn_id}
     path = _session(session_id, "fork")
     return Call("POST", path, model_of(Session), json=body, headers=_key(idempotency_key), timeout=_NO_LIMIT)
+
+
+def rewind_session(session_id: str, turn_id: str | None, seq: int | None, files: bool) -> Call[Session]:
+    given = {"turn_id": turn_id, "seq": seq, "files": files}
+    body = {name: value for name, value in given.items() if value is not None}
+    return Call("POST", _session(session_id, "rewind"), model_of(Session), json=body, timeout=_NO_LIMIT)
+
+
+def list_snapshots(session_id: str, page_size: int | None) -> Listing[Snapshot]:
+    return Listing(_session(session_id, "snapshots"), Snapshot, {"limit": page_size})
+
+
+def take_snapshot(session_id: str) -> Call[Snapshot]:
+    return Call("POST", _session(session_id, "snapshots"), model_of(Snapshot), timeout=_NO_LIMIT)
+
+
+def restore_snapshot(session_id: str, snapshot_id: str) -> Call[Session]:
+    path = _session(session_id, "snapshots", _part(snapshot_id), "restore")
+    return Call("POST", path, model_of(Session), timeout=_NO_LIMIT)
 
 
 def export_session(session_id: str) -> Call[None]:

@@ -24,6 +24,7 @@ __all__ = [
     "NamedWorkspace",
     "Page",
     "Session",
+    "Snapshot",
     "Turn",
     "UsageReport",
     "UsageRow",
@@ -98,6 +99,21 @@ class Environment(_Told):
     """What the environment says; what nobody has named is left out."""
     created_at: datetime
     created_by: str | None = None
+
+
+class Snapshot(_Told):
+    """The files of a session as they were at one moment."""
+
+    id: str
+    session_id: str
+    reason: str
+    turn_id: str | None = None
+    seq: int
+    exact: bool = True
+    size_bytes: int
+    stored_bytes: int
+    files: int
+    created_at: datetime
 
 
 class FileEntry(_Told):

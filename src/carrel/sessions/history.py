@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from carrel import abc
 from carrel.errors import SessionNotFound
-from carrel.model import Principal
+from carrel.model import Principal, Session
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.messages import Conversation, Message, says
 
@@ -43,7 +43,8 @@ class History:
         thinking: bool = False,
         text: str | None = None,
     ) -> MessagePage:
-        """Messages in the order in which they began. The log never changes, so what was complete stays as it was.
+        """Messages in the order in which they began. The log never changes, so what was complete stays as it was;
+        what the session has gone back behind is left out.
 
         Args:
             principal: who asks.
@@ -58,21 +59,26 @@ class History:
             SessionNotFound: there is no such session, or it is somebody else's.
         """
 
-        def check(tx: abc.Transaction) -> list[StoredEvent]:
+        def check(tx: abc.Transaction) -> tuple[Session, list[StoredEvent]]:
             session = tx.sessions.get(session_id)
             if session is None or not principal.may_see(session):
                 raise SessionNotFound
-            return tx.events.page(session_id, after=after - 1, limit=1) if after > 0 else []
+            return session, tx.events.page(session_id, after=after - 1, limit=1) if after > 0 else []
 
         conversation = Conversation(thinking=thinking)
-        before = await self._store.read(check)
+        session, before = await self._store.read(check)
         if before and before[0].seq == after and before[0].turn_id is not None:
             # A message that had begun by then may go on behind it, and is not one of these.
             await self._replay(conversation, session_id, before[0].turn_id, after)
         found: list[Message] = []
 
         def keep(messages: list[Message]) -> None:
-            found.extend(m for m in messages if m.seq > after and (text is None or says(m, text)))
+            found.extend(m for m in messages if wanted(m))
+
+        def wanted(message: Message) -> bool:
+            if message.seq <= after or (text is not None and not says(message, text)):
+                return False
+            return not any(part.after_seq < message.seq <= part.upto_seq for part in session.rewound)
 
         position = after
         while len(found) <= limit:

@@ -30,6 +30,7 @@ from carrel.errors import (
     SandboxOutOfMemory,
     SandboxOutOfProcesses,
     TurnFailure,
+    Unavailable,
 )
 from carrel.killpoints import reached
 from carrel.model import (
@@ -56,6 +57,7 @@ from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import Hub, Link
+from carrel.sessions.keeper import RELEASE, Keeper, forget_files
 from carrel.sessions.memory import Memory
 from carrel.sessions.narrowing import agents_options
 from carrel.sessions.runtimes import Runtimes
@@ -65,6 +67,7 @@ log = structlog.get_logger(__name__)
 _LAUNCH_ATTEMPTS = 3
 _LOOK_AGAIN_SECONDS = 1.0
 _WORKSPACE_LOOK_SECONDS = 0.25
+_FETCH_AGAIN_SECONDS = 2.0
 _EXCESS: dict[abc.Excess, type[TurnFailure]] = {
     abc.Excess.MEMORY: SandboxOutOfMemory,
     abc.Excess.PROCESSES: SandboxOutOfProcesses,
@@ -126,6 +129,7 @@ class Owner:
         check_model: Callable[[], object],
         run_blocking: Callable[..., Any],
         options: OwnerOptions,
+        keeper: Keeper,
         memory: Memory | None = None,
     ) -> None:
         """Make the owner.
@@ -139,6 +143,7 @@ class Owner:
             check_model: raises a CarrelError while no turn could reach the model.
             run_blocking: runs a function that waits for the disk in another thread.
             options: time limits.
+            keeper: keeps files, and puts them back.
             memory: asked before a sandbox is launched; None: there is always room.
         """
         self.memory = memory or Memory()
@@ -152,6 +157,7 @@ class Owner:
         self._options = options
         self.heard_of_pool: Callable[[Session, Failure | None], None] = lambda session, failure: None
         """Told of each session of a warm pool when its agent is connected (None), and why one is lost."""
+        self._keeper = keeper
         self._launches: dict[str, int] = {}
         self._missed_since: dict[str, datetime] = {}
 
@@ -183,6 +189,9 @@ class Owner:
         # First of all, so that whoever has asked for its end and waits for one step finds it ended.
         if view.sandbox is not None and view.sandbox.status is SandboxStatus.ENDING:
             await self._end(view.sandbox, gracefully=True)
+            return 0.0
+        if session.restoring is not None and view.sandbox is None:
+            await self._keeper.put_back(session)
             return 0.0
         if await self._expire(session, view.queued) or await self._expire_asked(view.asked):
             return 0.0
@@ -252,7 +261,13 @@ class Owner:
             await self._start_failed(session.id, error)
             return 0.0
         try:
+            await self._keeper.ensure(session)
             await self._run_blocking(self._folders.make, session)
+        except Unavailable as error:
+            # Its files are lost here and cannot be fetched now: an agent that began without them would be worse.
+            log.warning("workspace.not_restored", session=session.id, code=error.code, detail=error.operator_detail)
+            self.memory.release(session.id)
+            return _FETCH_AGAIN_SECONDS
         except CarrelError as error:
             # A user's directory that is gone, or that an agent has put something else in the place of.
             await self._fail_all(session.id, error, stop_reason=StopReason.ERROR)
@@ -456,6 +471,8 @@ class Owner:
             return None
         if sandbox is None or sandbox.id != sandbox_id or sandbox.status is not SandboxStatus.LIVE:
             return None
+        if self._keeper.holds(session.id):
+            return None
         if self._fail_if_spent(tx, turn.id) or not self.admission.admits(tx, turn.id):
             return None
         return transitions.start_turn(tx, session, turn, sandbox_id)
@@ -566,9 +583,8 @@ class Owner:
         await self._runtimes.terminate(sandbox)
         self._missed_since.pop(sandbox.id, None)
         self._hub.take_failure(sandbox.id)  # nobody asks for it any more
-        await self._store.write(
-            lambda tx: tx.sandboxes.update(sandbox.id, status=SandboxStatus.GONE, ended_at=utc_now())
-        )
+        await self._store.write(lambda tx: _gone(tx, sandbox))
+        self._keeper.wake(sandbox.session_id)
 
     async def _gone_within(self, sandbox: Sandbox, seconds: float) -> None:
         try:
@@ -615,13 +631,28 @@ class Owner:
             return
         if view.sandbox is not None:
             await self._end(view.sandbox, gracefully=False)
+        await self._keeper.forget(session_id)
         await self._run_blocking(self._folders.remove, session_id)
         reached("delete.files_gone")
-        await self._store.write(lambda tx: tx.sessions.remove(session_id))
+        await self._store.write(lambda tx: _removed(tx, session_id))
+        self._keeper.doomed()
         self._launches.pop(session_id, None)
 
 
 # --------------------------------------------------------------------------------------------------- the transactions
+
+
+def _gone(tx: abc.Transaction, sandbox: Sandbox) -> None:
+    """Its files are still to be kept: who has worked there since the last turn ended may have changed them."""
+    tx.sandboxes.update(sandbox.id, status=SandboxStatus.GONE, ended_at=utc_now())
+    session = tx.sessions.get(sandbox.session_id)
+    if session is not None and session.snapshot_due is None and session.reserved is None:
+        tx.sessions.update(session.id, snapshot_due=RELEASE)
+
+
+def _removed(tx: abc.Transaction, session_id: str) -> None:
+    forget_files(tx, session_id)
+    tx.sessions.remove(session_id)
 
 
 def _name_turn(turn: Turn | None) -> None:

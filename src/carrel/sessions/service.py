@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from carrel.errors import (
     SessionFailed,
     SessionNotFound,
     SessionStopped,
+    SnapshotMissing,
     StoreOutcomeUnknown,
     TurnNotCancellable,
     TurnNotFinished,
@@ -38,6 +39,7 @@ from carrel.model import (
     SandboxStatus,
     Session,
     SessionStatus,
+    Snapshot,
     StopReason,
     Turn,
     TurnStatus,
@@ -53,19 +55,23 @@ from carrel.sessions import transitions
 from carrel.sessions.admission import Admission, SessionLimits
 from carrel.sessions.environments import environment_of, environments_budget, open_environment, spend_environment
 from carrel.sessions.hub import Hub
+from carrel.sessions.keeper import FORK, Keeper
 from carrel.sessions.narrowing import check_options
 from carrel.sessions.owner import Owner
 from carrel.sessions.pool import DEFAULT_POOL, Pool
 from carrel.sessions.scheduler import Scheduler
+from carrel.sessions.snapshots import check_not_rewound, is_rewound
 from carrel.sessions.steps import mark_deleted
 from carrel.sessions.streams import Streams
 from carrel.sessions.workspaces import check_quota, open_workspace
+from carrel.workspaces.files import WorkspaceFiles
 from carrel.workspaces.folders import Folders
 
 T = TypeVar("T")
 
 _PAGE = 500
 _OF_ENVIRONMENT = frozenset({"environment", "environment_version"})
+_SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class SessionService:
         hub: Hub,
         folders: Folders,
         admission: Admission,
+        keeper: Keeper,
         *,
         run_blocking: Callable[..., Any],
         options: ServiceOptions,
@@ -114,6 +121,7 @@ class SessionService:
         """Make the service over the parts that do the work."""
         self._pool = pool
         self._admission = admission
+        self.keeper = keeper
         self._store = store
         self.streams = streams
         self._owner = owner
@@ -367,23 +375,35 @@ class SessionService:
     async def fork(
         self, principal: Principal, session_id: str, turn_id: str | None, mark: Mark | None = None
     ) -> Session:
-        """A new session that goes on from the end of a turn (the last ended one), with a copy of the files as they are.
+        """A new session that goes on from the end of a turn (the last ended one), with a copy of the files as of then.
 
         Raises:
             TurnNotFinished: the turn has not ended.
+            TurnRewound: the session has gone back behind it.
+            SnapshotMissing: later turns have worked since, and the files as they were then were not kept.
         """
 
-        def prepare(tx: abc.Transaction) -> tuple[Session, Turn | None]:
+        def prepare(tx: abc.Transaction) -> tuple[Session, Turn | None, bool, Snapshot | None]:
             session = _session(tx, principal, session_id)
-            return session, _fork_point(tx, session_id, turn_id)
+            point = _fork_point(tx, session, turn_id)
+            past = point is not None and session.workspace.type == "ephemeral" and _worked_since(tx, session, point)
+            return session, point, past, tx.snapshots.of_turn(point.id) if past and point is not None else None
 
-        source, turn = await self._store.read(prepare)
+        await self.keeper.settled(session_id, _SETTLE_SECONDS)
+        source, turn, past, snapshot = await self._store.read(prepare)
+        if past and snapshot is None and self.keeper.keeps:
+            raise SnapshotMissing
         number = await self._store.write(lambda tx: tx.sessions.next_number())
         new = new_id()
-        # In a directory of its user's the files are that user's; in a folder of its own nobody else's.
-        uid_number = source.uid_number if source.workspace.type == "user" else None
+        # What outlives a session belongs to a user of its own; a folder of the session's own to nobody else.
+        uid_number = source.uid_number if source.workspace.type != "ephemeral" else None
         target = source.model_copy(update={"id": new, "number": number, "uid_number": uid_number})
-        await self.run_blocking(self.folders.copy, source, target)
+        if snapshot is not None:
+            await self.keeper.copy(snapshot, target)
+            await self.run_blocking(self.folders.make, target)
+        else:
+            await self.keeper.ensure(source)
+            await self.run_blocking(self.folders.copy, source, target)
         limits = SessionLimits(self._options.max_sessions, self._options.max_sessions_per_user)
 
         def work(tx: abc.Transaction) -> Session:
@@ -412,6 +432,7 @@ class SessionService:
                 cost_usd=0.0,
                 budget=current.budget,
                 ttl_seconds=current.ttl_seconds,
+                snapshot_due=FORK if current.workspace.type == "ephemeral" else None,
                 created_at=now,
                 last_active_at=now,
             )
@@ -434,7 +455,9 @@ class SessionService:
             return _session(tx, principal, new)
 
         try:
-            return await self._store.write(work)
+            forked = await self._store.write(work)
+            self.keeper.wake(new)
+            return forked
         except StoreOutcomeUnknown:
             raise  # it may have been made, and then has these files
         except BaseException:
@@ -640,6 +663,12 @@ class SessionService:
             after = page[-1].seq
             yield page
 
+    async def files(self, session: Session) -> WorkspaceFiles:
+        """The files of a session's workspace, which are put back first if they are lost. Raises Unavailable."""
+        await self.keeper.ensure(session)
+        files: WorkspaceFiles = await self.run_blocking(self.folders.files, session)
+        return files
+
     def poke(self, session_id: str) -> None:
         """Have the session looked at soon."""
         self._scheduler.poke(session_id)
@@ -732,18 +761,28 @@ def number_of_user(tx: abc.Transaction, user_id: str) -> int:
     return user.number
 
 
-def _fork_point(tx: abc.Transaction, session_id: str, turn_id: str | None) -> Turn | None:
+def _fork_point(tx: abc.Transaction, session: Session, turn_id: str | None) -> Turn | None:
     if turn_id is not None:
         turn = tx.turns.get(turn_id)
-        if turn is None or turn.session_id != session_id:
+        if turn is None or turn.session_id != session.id:
             raise TurnNotFound
         if not turn.status.ended:
             raise TurnNotFinished
+        check_not_rewound(session, turn)
         return turn
-    for turn in tx.turns.page(session_id, cursor=None, limit=1000).items:
-        if turn.status.ended and turn.started_at is not None:
-            return turn
-    return None
+    return next((turn for turn in _started(tx, session) if turn.status.ended), None)
+
+
+def _worked_since(tx: abc.Transaction, session: Session, turn: Turn) -> bool:
+    """Whether a later turn that is part of the conversation has begun."""
+    return any(later.number > turn.number for later in _started(tx, session))
+
+
+def _started(tx: abc.Transaction, session: Session) -> Iterator[Turn]:
+    """The newest turns that have begun and are part of the conversation."""
+    for turn in tx.turns.page(session.id, cursor=None, limit=1000).items:
+        if turn.started_at is not None and not is_rewound(session, turn):
+            yield turn
 
 
 def _note(tx: abc.Transaction, mark: Mark | None, object_id: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 from carrel import abc
 from carrel.errors import DiskFull, SandboxLost, SandboxOutOfMemory, SandboxOutOfProcesses
@@ -12,18 +15,21 @@ from carrel.model import (
     Interaction,
     InteractionStatus,
     OnSandboxLost,
+    RewoundPart,
     Sandbox,
     SandboxStatus,
     Session,
     SessionStatus,
+    SnapshotReason,
     StopReason,
     Turn,
     TurnStatus,
     WorkspaceMode,
+    new_id,
     utc_now,
 )
 from carrel.protocol.environments import Environment
-from carrel.protocol.events import SessionDeleted
+from carrel.protocol.events import SessionDeleted, SessionRewound, WorkspaceRestored
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import kept_environment
@@ -108,7 +114,7 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
     session = tx.sessions.get(spec.session_id)
     if session is None or session.generation + 1 != spec.generation:
         return Launching.OUTDATED
-    if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
+    if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED) or session.restoring is not None:
         return Launching.OUTDATED
     queued = tx.turns.queued(session.id)
     wanted = session.status is SessionStatus.IDLE and queued and tx.turns.live(session.id) is None
@@ -134,6 +140,45 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
         session = transitions.settle(tx, session)
     transitions.set_status(tx, session, SessionStatus.STARTING, generation=spec.generation)
     return Launching.STORED
+
+
+def put_back(tx: abc.Transaction, session_id: str) -> None:
+    """The files are back at what was wanted; so is the conversation from here on, and the log says so."""
+    session = tx.sessions.get(session_id)
+    if session is None or session.restoring is None:
+        return
+    wanted = session.restoring
+    changes: dict[str, Any] = {"restoring": None}
+    snapshot = tx.snapshots.get(wanted.snapshot_id) if wanted.snapshot_id is not None else None
+    turn = tx.turns.get(wanted.turn_id) if wanted.turn_id is not None else None
+    if turn is not None:
+        ended = tx.events.completed(session_id, turn_id=turn.id)
+        told = SessionRewound(to_turn_id=turn.id, snapshot_id=wanted.snapshot_id)
+        transitions.emit(tx, session_id, told)
+        now = tx.sessions.get(session_id) or session
+        part = RewoundPart(
+            after_turn=turn.number,
+            upto_turn=wanted.upto_turn,
+            after_seq=ended[1] if ended is not None else now.last_seq,
+            upto_seq=now.last_seq,
+        )
+        changes["rewound"] = (*session.rewound, part)
+        if session.agent_session_id is not None:
+            # Under another name, so that no file of the agent's in its home passes for this conversation.
+            changes["agent_session_id"] = str(uuid.uuid4())
+            replace = (session.agent_session_id, changes["agent_session_id"])
+            tx.transcripts.rewind(session_id, to_turn=turn.id, replace=replace)
+    elif snapshot is not None:
+        told_of_files = WorkspaceRestored(
+            snapshot_id=snapshot.id, reason="asked", taken_at=snapshot.created_at, seq=snapshot.seq
+        )
+        transitions.emit(tx, session_id, told_of_files)
+    now = tx.sessions.update(session_id, **changes)
+    if snapshot is not None:
+        # What is newest is what is there: a folder that is lost now comes back as this.
+        again = {"id": new_id(), "number": time.time_ns() // 1000, "turn_id": None, "created_at": utc_now()}
+        again |= {"reason": SnapshotReason.ASKED, "session_id": session_id, "seq": now.last_seq}
+        tx.snapshots.add(snapshot.model_copy(update=again))
 
 
 def occupants(tx: abc.Transaction, session: Session) -> list[Sandbox]:

@@ -167,6 +167,8 @@ def complete_turn(
         ended_at=now,
     )
     _withdraw(tx, turn)
+    if turn.started_at is not None:
+        tx.sessions.update(session.id, snapshot_due=turn.id)
     emit(
         tx,
         session.id,

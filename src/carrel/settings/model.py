@@ -198,6 +198,17 @@ class Egress(Group):
         return _networks(value)
 
 
+class SnapshotSettings(Group):
+    """How the files of sessions are kept."""
+
+    enabled: bool = Field(default=True, description="Whether files are kept after each turn; without, nothing is.")
+    keep: int = Field(default=100, ge=1, description="How many of one workspace are kept; the oldest go first.")
+    max_mb: int = Field(default=4096, ge=1, description="The most that one may hold; larger workspaces are not kept.")
+    ignored: list[str] = Field(
+        default=[], description="Patterns of names, or of paths in the workspace, that are not kept: `node_modules`."
+    )
+
+
 class Plugin(Group):
     """A plugin of Claude Code's on this host."""
 
@@ -357,6 +368,7 @@ class Settings(Group):
     outbox_disk_bytes: int = Field(default=2**30, ge=0, description="And after that on disk.")
     stream_buffer_bytes: int = Field(default=4 * 2**20, ge=1, description="What waits for a viewer that is slow.")
     heartbeat_seconds: float = Field(default=15.0, gt=0, description="How often a silent stream shows it lives.")
+    snapshots: SnapshotSettings = Field(default=SnapshotSettings(), description="How the files of sessions are kept.")
     users: Users = Field(default=Users(), description="Users' own directories.")
     limits: Limits = Field(default=Limits(), description="How much there may be at once.")
     budgets: Budgets = Field(default=Budgets(), description="What may be spent.")

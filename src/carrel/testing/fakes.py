@@ -12,6 +12,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -112,6 +113,11 @@ class FakeTurn:
         self.num_turns = 0
         self._message = ""
         self._text = ""
+
+    @property
+    def workspace(self) -> Path:
+        """Where the session's files are."""
+        return Path(self.runner.spec.workspace)
 
     def delta(self, text: str, kind: str = events.DeltaKind.TEXT) -> None:
         """Say a piece of a text; the block stays open until `finish`."""
@@ -375,7 +381,7 @@ class FakeRunner:
 
     async def _run(self, turn: FakeTurn, script: Script | None = None) -> None:
         self.running = turn
-        await (script or self.host.scripts.get(turn.prompt, _echo))(turn)
+        await (script or self.host.script(turn.prompt))(turn)
         self.running = None
         reason, status, failure = StopReason.END_TURN, TurnStatus.SUCCEEDED, None
         if turn.reason is not None:
@@ -471,6 +477,10 @@ class FakeHost:
         for runner in self.runners.values():
             if runner._connection is not None:
                 runner._connection.cut()
+
+    def script(self, prompt: str) -> Script:
+        """What the agent does when it is told this: by the whole prompt, else by its first word."""
+        return self.scripts.get(prompt) or self.scripts.get(prompt.partition(" ")[0], _echo)
 
     @property
     def alive(self) -> list[FakeRunner]:

@@ -13,14 +13,18 @@ from typing import Any
 from carrel import abc
 from carrel.buses import MemoryBus
 from carrel.model import Principal, Session, SessionStatus, Turn
+from carrel.objects import MemoryPlace, Objects
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import Environments, check_environment
+from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.diffs import Diffs
 from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
 from carrel.sessions.interactions import Interactions
+from carrel.sessions.keeper import Keeper
 from carrel.sessions.live import Live
 from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
@@ -29,10 +33,12 @@ from carrel.sessions.reconciler import Reconciler
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.service import ServiceOptions, SessionService
+from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.streams import Streams
 from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.store import SqliteStore
 from carrel.testing.fakes import FakeHost, FakeRuntime
+from carrel.testing.vault import FolderVault
 from carrel.workspaces.folders import Folders
 
 __all__ = ["FakeGateway"]
@@ -67,6 +73,7 @@ class FakeGateway:
         observer: abc.Observer = abc.Observer(),
         memory: Memory | None = None,
         pool: Recipe | None = None,
+        vault: FolderVault | None = None,
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -85,6 +92,7 @@ class FakeGateway:
             observer: told of what happens.
             memory: the soft limit on what sandboxes take; None: none.
             pool: the warm pool of sessions that name no environment; None: none.
+            vault: where files are kept; None: nowhere.
         """
         self.host = host
         self.principal = principal
@@ -104,6 +112,16 @@ class FakeGateway:
             max_concurrent_turns=max_concurrent_turns,
         )
         self.live.observers.append(self.admission.heard)
+        if vault is not None:
+            vault.folders = self.folders
+        self.keeper = Keeper(
+            self.store,
+            self.folders,
+            vault,
+            lambda session_id: self.scheduler.poke(session_id),
+            run_blocking=asyncio.to_thread,
+        )
+        self.live.observers.append(self.keeper.heard)
         self.owner = Owner(
             self.store,
             self.runtimes,
@@ -113,6 +131,7 @@ class FakeGateway:
             check_model=check_model,
             run_blocking=asyncio.to_thread,
             options=owner_options,
+            keeper=self.keeper,
             memory=memory,
         )
         self.scheduler = Scheduler(self.owner.step)
@@ -127,6 +146,7 @@ class FakeGateway:
             self.hub,
             self.folders,
             self.admission,
+            self.keeper,
             run_blocking=asyncio.to_thread,
             options=service_options,
             pool=self.pool,
@@ -138,13 +158,19 @@ class FakeGateway:
                 spec, self.runtimes, allow_bypass=service_options.allow_bypass, metered=service_options.metered
             ),
         )
+        self.snapshots = Snapshots(self.store, self.keeper, self.scheduler)
+        self.objects = Objects(MemoryPlace())
+        self.artifacts = Artifacts(
+            self.store, self.objects, self.keeper, run_blocking=asyncio.to_thread, max_bytes=2**20
+        )
+        self.diffs = Diffs(self.store, None, self.folders, run_blocking=asyncio.to_thread)
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
         self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> FakeGateway:
-        for part in (self.bus, self.store, self.runtimes, self.scheduler, self.admission):
+        for part in (self.bus, self.store, self.objects, self.runtimes, self.scheduler, self.admission, self.keeper):
             await part.start(self._stack)
         self.host.connect(self.hub.serve)
         self._stack.push_async_callback(self.host.disconnect)

@@ -116,6 +116,31 @@ class Folders:
         self._make_both(session)
         return self._files(session)
 
+    def there(self, session: Session) -> bool:
+        """Whether its workspace is there."""
+        return self.workspace(session).is_dir()
+
+    def staged(self, session: Session) -> Path:
+        """Where files are put that are to take the place of its own workspace; out of every agent's reach."""
+        return self.workspace(session).with_name("staged")
+
+    def clear_staged(self, session: Session) -> None:
+        """Remove what was left there."""
+        staged = self.staged(session)
+        _remove(staged)
+        staged.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def adopt(self, session: Session) -> None:
+        """Have what was staged take the place of its workspace, if anything was. Safe to repeat. No agent may be there."""
+        staged, place = self.staged(session), self.workspace(session)
+        replaced = place.with_name("replaced")
+        if staged.is_dir():
+            _remove(replaced)
+            if place.exists():
+                place.rename(replaced)
+            staged.rename(place)
+        _remove(replaced)
+
     def size(self, session: Session) -> int:
         """How many bytes the files of its workspace take."""
         return self.files(session).size()

@@ -56,7 +56,10 @@ async def test_it_is_deleted_when_no_session_has_it(gateway: FakeGateway, tmp_pa
     assert (tmp_path / "workspaces" / workspace / "files").is_dir()
     await gateway.workspaces.delete(ALICE, workspace)
     assert not (tmp_path / "workspaces" / workspace).exists()
-    assert await gateway.store.read(lambda tx: list(tx.doomed.some(9))) == [f"workspaces/{workspace}/"]
+    assert await gateway.store.read(lambda tx: list(tx.doomed.some(9))) == [
+        f"sessions/{session.id}/",
+        f"workspaces/{workspace}/",
+    ]
     assert (await gateway.create(workspace=SHOP)).workspace_id != workspace
 
 

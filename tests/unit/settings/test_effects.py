@@ -78,6 +78,10 @@ EFFECTS: dict[str, str] = {
     "stream_buffer_bytes": "integration/test_load.py::"
     "test_a_subscriber_that_stops_reading_holds_nobody_up_and_misses_nothing",
     "heartbeat_seconds": _EFFECTS + "test_heartbeat_seconds",
+    "snapshots.enabled": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
+    "snapshots.keep": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
+    "snapshots.max_mb": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
+    "snapshots.ignored": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
     "users.base_dir": _EFFECTS + "test_users_base_dir",
     "users.auto_create_dir": _EFFECTS + "test_users_auto_create_dir",
     "limits.max_sessions": _EFFECTS + "test_limits_of_sessions",

@@ -60,9 +60,7 @@ def _shown(entry: FileEntry) -> dict[str, object]:
 
 
 async def _files(services: Services, principal: Principal, session_id: str) -> WorkspaceFiles:
-    session = await services.sessions.get(principal, session_id)
-    files: WorkspaceFiles = await services.sessions.run_blocking(services.sessions.folders.files, session)
-    return files
+    return await services.sessions.files(await services.sessions.get(principal, session_id))
 
 
 @router.get(

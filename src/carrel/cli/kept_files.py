@@ -1,0 +1,57 @@
+"""Where the files of sessions are kept: the object store, the keeper, and what callers see of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from carrel import abc
+from carrel.model import Snapshot
+from carrel.objects import DiskPlace, Objects
+from carrel.sessions.keeper import Keeper
+from carrel.sessions.vault import SnapshotVault
+from carrel.settings import Settings
+from carrel.workspaces import Folders
+from carrel.workspaces.snapshots import Snapshots
+
+__all__ = ["KeptFiles"]
+
+
+@dataclass(frozen=True)
+class KeptFiles:
+    """The parts that keep files."""
+
+    objects: abc.ObjectStore
+    vault: SnapshotVault
+    keeper: Keeper
+
+    @classmethod
+    async def open(
+        cls,
+        settings: Settings,
+        store: abc.Store,
+        folders: Folders,
+        poke: Callable[[str], None],
+        stack: AsyncExitStack,
+    ) -> KeptFiles:
+        """Make them; the keeper does nothing before it is started."""
+        objects = Objects(DiskPlace(settings.data / "objects"))
+        await objects.start(stack)
+        wanted = settings.snapshots
+        snapshots = Snapshots(objects, max_bytes=wanted.max_mb * 2**20, ignored=wanted.ignored)
+        vault = SnapshotVault(objects, snapshots, folders)
+        keeper = Keeper(
+            store,
+            folders,
+            vault if wanted.enabled else None,
+            poke,
+            run_blocking=asyncio.to_thread,
+            prune=lambda kept: _older_than_the_newest(kept, wanted.keep),
+        )
+        return cls(objects, vault, keeper)
+
+
+def _older_than_the_newest(kept: Sequence[Snapshot], count: int) -> list[str]:
+    return [snapshot.id for snapshot in kept[count:]]

@@ -1,0 +1,495 @@
+"""Keeps the files of sessions outside of the host that has them, and puts them back where they are lost.
+
+What is to be done stands in the rows: a session whose files are still to be kept says so (`snapshot_due`), and so do
+objects that are still to be deleted. So a restart, and an object store that is away, only make it later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from carrel import abc
+from carrel.errors import CarrelError, SnapshotMissing, StoreUnavailable, Unavailable
+from carrel.killpoints import reached
+from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_id, utc_now
+from carrel.protocol import events
+from carrel.protocol.events import StoredEvent
+from carrel.sessions import steps, transitions
+from carrel.sessions.workspaces import objects_of_workspace
+from carrel.workspaces.folders import Folders
+
+__all__ = ["Keeper", "Saved", "Vault", "forget_files", "objects_of_session"]
+
+log = structlog.get_logger(__name__)
+
+RELEASE = SnapshotReason.RELEASE.value
+FORK = SnapshotReason.FORK.value
+
+_AT_ONCE = 2
+_HOLD_SECONDS = 2.0
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+_SWEEP_SECONDS = 30.0
+_BATCH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What was kept."""
+
+    size_bytes: int
+    """What the files take."""
+    stored_bytes: int
+    """What the object takes."""
+    files: int
+
+
+class Vault(Protocol):
+    """Keeps the files of folders as objects. Raises errors of kind Unavailable while the object store is away."""
+
+    async def save(self, session: Session, key: str, *, since: str | None) -> Saved | None:
+        """Keep the session's workspace under a key. None where nothing has changed since the object `since`."""
+
+    async def restore(self, session: Session, key: str, target: Path) -> None:
+        """Put what was kept into a folder that is not there yet, and give it to the session's owner."""
+
+    async def delete(self, prefix: str) -> None:
+        """Delete every object whose key begins so."""
+
+
+class Keeper:
+    """Takes snapshots in the background, puts them back, and deletes what nothing refers to."""
+
+    def __init__(
+        self,
+        store: abc.Store,
+        folders: Folders,
+        vault: Vault | None,
+        poke: Callable[[str], None],
+        *,
+        run_blocking: Callable[..., Any],
+        prune: Callable[[Sequence[Snapshot]], Sequence[str]] = lambda snapshots: (),
+    ) -> None:
+        """Make the keeper; nothing runs before `start`.
+
+        Args:
+            store: the rows.
+            folders: the files.
+            vault: where they are kept; None: nowhere.
+            poke: told the session's id whenever its next turn need not wait any more.
+            run_blocking: runs a function that waits for the disk in another thread.
+            prune: of the snapshots of one workspace, newest first, the ids of those that are not kept any longer.
+        """
+        self._store = store
+        self._folders = folders
+        self._vault = vault
+        self._poke = poke
+        self._run_blocking = run_blocking
+        self._prune = prune
+        self._places = asyncio.Semaphore(_AT_ONCE)
+        self._work: dict[str, asyncio.Task[None]] = {}
+        self._reading: dict[str, float] = {}
+        self._told: set[str] = set()
+        self._locks: dict[str, _Lock] = defaultdict(_Lock)
+        self._doomed = asyncio.Event()
+        self._deleting: asyncio.Task[None] | None = None
+        self._closed = True
+
+    async def start(self, exit_stack: AsyncExitStack) -> None:
+        """Take up what is still to be done, and go on; closing is registered with `exit_stack`."""
+        self._closed = False
+        exit_stack.push_async_callback(self._close)
+        await self.sweep()
+        if self._vault is not None:
+            self._deleting = asyncio.create_task(self._delete_doomed(self._vault), name="doomed objects")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether files are kept at all."""
+        return self._vault is not None
+
+    async def sweep(self) -> None:
+        """Look after every session whose files are still to be kept."""
+        for session_id in await self._store.read(lambda tx: list(tx.snapshots.due())):
+            self.wake(session_id)
+
+    def heard(self, stored: Sequence[StoredEvent]) -> None:
+        """Events were committed: after the end of a turn its files are kept."""
+        for event in stored:
+            if event.type == "turn.completed":
+                if self._vault is not None and not self._closed and event.session_id not in self._told:
+                    self._reading[event.session_id] = time.monotonic()
+                self.wake(event.session_id)
+
+    def holds(self, session_id: str) -> bool:
+        """Whether the files are being read at this moment, so that the next turn should wait: for a while, no more."""
+        since = self._reading.get(session_id)
+        return since is not None and time.monotonic() - since < _HOLD_SECONDS
+
+    def wake(self, session_id: str) -> None:
+        """Have the session's files kept soon, if they are still to be."""
+        if self._closed or session_id in self._work:
+            return
+        self._work[session_id] = asyncio.create_task(self._keep(session_id), name=f"snapshot {session_id}")
+
+    async def settled(self, session_id: str, seconds: float) -> bool:
+        """Wait until nothing of the session is still to be kept. False where that takes too long, or cannot be now."""
+        self.wake(session_id)
+        task = self._work.get(session_id)
+        if task is not None and session_id not in self._told:
+            await asyncio.wait([task], timeout=seconds)
+        session = await self._store.read(lambda tx: tx.sessions.get(session_id))
+        return session is None or session.snapshot_due is None
+
+    async def all_settled(self, seconds: float) -> None:
+        """Give what is under way some time to finish."""
+        if self._work:
+            await asyncio.wait(self._work.values(), timeout=seconds)
+
+    async def forget(self, session_id: str) -> None:
+        """Stop all work for a session that is being deleted."""
+        task = self._work.pop(session_id, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._told.discard(session_id)
+
+    # ------------------------------------------------------------------------------------------------------- keeping
+
+    async def _keep(self, session_id: str) -> None:
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(session_id=session_id)
+        pause = _FIRST_PAUSE_SECONDS
+        try:
+            while True:
+                try:
+                    async with self._places:
+                        if not await self._keep_once(session_id):
+                            return
+                except Unavailable as error:
+                    await self._failed(session_id, error)
+                except (CarrelError, OSError) as error:
+                    log.warning("snapshot.failed", error=repr(error))
+                    told = error if isinstance(error, CarrelError) else CarrelError("The files could not be read.")
+                    await self._failed(session_id, told)
+                else:
+                    pause = _FIRST_PAUSE_SECONDS
+                    continue
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        finally:
+            self._read(session_id)
+            if self._work.get(session_id) is asyncio.current_task():
+                del self._work[session_id]
+
+    def _read(self, session_id: str) -> None:
+        if self._reading.pop(session_id, None) is not None:
+            self._poke(session_id)
+
+    async def _keep_once(self, session_id: str) -> bool:
+        """Keep the files once, if they are still to be. Whether to look again."""
+        session = await self._store.read(lambda tx: tx.sessions.get(session_id))
+        if session is None or session.snapshot_due is None:
+            return False
+        due = session.snapshot_due
+        await self._hold_to_quota(session, due)
+        if self._vault is None or session.workspace.type == "user":
+            await self._store.write(lambda tx: _done(tx, session_id, due))
+            return True
+        with contextlib.suppress(SnapshotMissing):  # they come back before the next turn
+            await self.take(session, due)
+        return True
+
+    async def take(self, session: Session, due: str) -> Snapshot:
+        """Take a snapshot now, for what it is due for: the id of a turn, or another reason.
+
+        Raises:
+            Unavailable: the object store is away, or there is none.
+            SnapshotMissing: the files are not there.
+        """
+        if self._vault is None:
+            raise Unavailable("This server keeps no snapshots.")
+        busy, newest = await self._store.read(lambda tx: (tx.turns.live(session.id), _newest(tx, session)))
+        key = f"{_objects_of_files(session)}snapshots/{new_id()}"
+        since = newest.key if newest is not None else None
+        try:
+            async with self.changing(session):
+                if not await self._run_blocking(self._folders.there, session):
+                    # Nothing would take the place of what was kept before.
+                    await self._store.write(lambda tx: _done(tx, session.id, due))
+                    raise SnapshotMissing("The files of the session are not there.")
+                saved = await self._vault.save(session, key, since=since)
+        finally:
+            self._read(session.id)
+
+        def work(tx: abc.Transaction) -> Snapshot:
+            now = tx.sessions.get(session.id)
+            if now is None:
+                tx.doomed.add(key)
+                raise _Gone
+            exact = busy is None and tx.turns.live(session.id) is None and now.snapshot_due in (due, None)
+            snapshot = _snapshot(tx, now, due, key, saved, newest, exact=exact)
+            if saved is None and newest is not None and due == RELEASE:
+                snapshot = newest  # nothing has changed, and nobody will ask for this one
+            else:
+                tx.snapshots.add(snapshot)
+            _done(tx, session.id, due)
+            gone = self._prune(tx.snapshots.of_files(session_id=session.id, workspace_id=session.workspace_id))
+            for unused in tx.snapshots.remove([each for each in gone if each != snapshot.id]):
+                tx.doomed.add(unused)
+            return snapshot
+
+        try:
+            snapshot = await self._store.write(work)
+        except _Gone:
+            raise CarrelError("The session is gone.") from None
+        self._told.discard(session.id)
+        self._doomed.set()
+        return snapshot
+
+    async def _failed(self, session_id: str, error: CarrelError) -> None:
+        """Say once that the files cannot be kept; turns go on all the same."""
+        self._read(session_id)
+        if session_id in self._told or isinstance(error, StoreUnavailable):
+            return
+        self._told.add(session_id)
+        log.warning("snapshot.failed", code=error.code, detail=error.operator_detail)
+        failed = events.WorkspaceSnapshotFailed(code=error.code, message=error.message)
+        with contextlib.suppress(CarrelError):  # deleted meanwhile, or the store is away too
+            await self._store.write(lambda tx: transitions.emit(tx, session_id, failed))
+
+    async def _hold_to_quota(self, session: Session, due: str) -> None:
+        workspace_id = session.workspace_id
+        workspace = await self._store.read(lambda tx: tx.workspaces.get(workspace_id)) if workspace_id else None
+        if workspace is None or workspace.quota_mb is None:
+            return
+        size: int = await self._run_blocking(self._folders.size, session)
+
+        def work(tx: abc.Transaction) -> NamedWorkspace:
+            changed = tx.workspaces.update(workspace.id, size_bytes=size)
+            if changed.over_quota and changed.quota_mb is not None and tx.turns.get(due) is not None:
+                grown = events.WorkspaceQuotaExceeded(size_bytes=size, quota_mb=changed.quota_mb)
+                transitions.emit(tx, session.id, grown, turn_id=due)
+            return changed
+
+        await self._store.write(work)
+
+    # ------------------------------------------------------------------------------------------------- putting back
+
+    @contextlib.asynccontextmanager
+    async def changing(self, session: Session) -> AsyncIterator[None]:
+        """Nobody else reads or replaces the session's folder as a whole meanwhile."""
+        key = str(self._folders.workspace(session))
+        lock = self._locks[key]
+        lock.users += 1
+        try:
+            async with lock.lock:
+                yield
+        finally:
+            lock.users -= 1
+            if not lock.users:
+                del self._locks[key]
+
+    async def ensure(self, session: Session) -> None:
+        """Have the session's files there: where the folder is gone, the last snapshot is put in its place.
+
+        No agent of the session may be at work.
+
+        Raises:
+            Unavailable: the object store is away; nothing has changed, and it can be tried again.
+        """
+        if session.workspace.type == "user":
+            return
+        async with self.changing(session):
+            if session.restoring is not None:
+                await self._run_blocking(self._folders.adopt, session)
+            if await self._run_blocking(self._folders.there, session):
+                return
+            await self._bring_back(session)
+
+    async def _bring_back(self, session: Session) -> None:
+        kept = await self._store.read(lambda tx: list(_kept(tx, session)))
+        if not kept and session.generation == 0:
+            return
+        tried: set[str] = set()
+        for snapshot in kept if self._vault is not None else ():
+            if snapshot.key in tried:
+                continue
+            tried.add(snapshot.key)
+            try:
+                await self.stage(session, snapshot)
+            except Unavailable:
+                raise
+            except CarrelError as error:
+                log.error("snapshot.unreadable", snapshot=snapshot.id, code=error.code, detail=error.operator_detail)
+                continue
+            await self._run_blocking(self._folders.adopt, session)
+            told = events.WorkspaceRestored(
+                snapshot_id=snapshot.id, reason="lost", taken_at=snapshot.created_at, seq=snapshot.seq
+            )
+            log.warning("workspace.restored", session=session.id, snapshot=snapshot.id)
+            await self._store.write(lambda tx, told=told: _tell(tx, session.id, told))  # type: ignore[misc]
+            return
+        why = "No snapshot of it could be read." if kept else "No snapshot of it was kept."
+        log.error("workspace.lost", session=session.id, why=why)
+        await self._run_blocking(self._folders.make, session)
+        await self._store.write(lambda tx: _tell(tx, session.id, events.WorkspaceLost(message=why)))
+
+    async def stage(self, session: Session, snapshot: Snapshot) -> None:
+        """Put a snapshot beside the session's folder, ready to take its place."""
+        if self._vault is None:
+            raise Unavailable("This server keeps no snapshots.")
+        await self._run_blocking(self._folders.clear_staged, session)
+        await self._vault.restore(session, snapshot.key, self._folders.staged(session))
+
+    async def put_back(self, session: Session) -> None:
+        """Finish what the session is being put back to. No sandbox of it may be there; safe to repeat."""
+        async with self.changing(session):
+            if session.restoring is not None and session.restoring.snapshot_id is not None:
+                await self._run_blocking(self._folders.adopt, session)
+            reached("restore.adopted")
+            await self._store.write(lambda tx: steps.put_back(tx, session.id))
+
+    async def copy(self, snapshot: Snapshot, target: Session) -> None:
+        """Make the workspace of a new session of a snapshot."""
+        await self.stage(target, snapshot)
+        await self._run_blocking(self._folders.adopt, target)
+
+    # ---------------------------------------------------------------------------------------------------- deleting
+
+    def doomed(self) -> None:
+        """There are objects to be deleted."""
+        self._doomed.set()
+
+    async def _delete_doomed(self, vault: Vault) -> None:
+        while True:
+            self._doomed.clear()
+            try:
+                while prefixes := await self._store.read(lambda tx: list(tx.doomed.some(_BATCH))):
+                    for prefix in prefixes:
+                        await vault.delete(prefix)
+                        await self._store.write(lambda tx, p=prefix: tx.doomed.remove(p))  # type: ignore[misc]
+            except CarrelError as error:
+                log.warning("objects.not_deleted", code=error.code, detail=error.operator_detail)
+            except Exception:
+                # Whatever it is, objects that stay for longer are no reason to stop.
+                log.exception("objects.not_deleted")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SWEEP_SECONDS):
+                    await self._doomed.wait()
+
+    async def _close(self) -> None:
+        self._closed = True
+        tasks = [*self._work.values(), *([self._deleting] if self._deleting is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._work.clear()
+
+
+class _Lock:
+    """A lock that goes with its last user."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class _Gone(Exception):
+    """The session was deleted meanwhile."""
+
+
+# --------------------------------------------------------------------------------------------------- the transactions
+
+
+def objects_of_session(session_id: str) -> str:
+    """What the keys of all objects begin with that go with the session."""
+    return f"sessions/{session_id}/"
+
+
+def forget_files(tx: abc.Transaction, session_id: str) -> None:
+    """The session goes: so do its snapshots and artifacts, but for the newest of a workspace that stays."""
+    gone = []
+    for snapshot in tx.snapshots.of_files(session_id=session_id):
+        if snapshot.workspace_id is not None:
+            newest = tx.snapshots.of_files(workspace_id=snapshot.workspace_id)[0]
+            if newest.id == snapshot.id:
+                continue
+        gone.append(snapshot.id)
+    for key in tx.snapshots.remove(gone):
+        tx.doomed.add(key)
+    tx.doomed.add(objects_of_session(session_id))
+
+
+def _objects_of_files(session: Session) -> str:
+    if session.workspace_id is not None:
+        return objects_of_workspace(session.workspace_id)
+    return objects_of_session(session.id)
+
+
+def _kept(tx: abc.Transaction, session: Session) -> Sequence[Snapshot]:
+    """Every snapshot of the session's files, newest first."""
+    if session.workspace_id is not None:
+        return tx.snapshots.of_files(workspace_id=session.workspace_id)
+    return tx.snapshots.of_files(session_id=session.id)
+
+
+def _newest(tx: abc.Transaction, session: Session) -> Snapshot | None:
+    return next(iter(_kept(tx, session)), None)
+
+
+def _snapshot(
+    tx: abc.Transaction,
+    session: Session,
+    due: str,
+    key: str,
+    saved: Saved | None,
+    newest: Snapshot | None,
+    *,
+    exact: bool,
+) -> Snapshot:
+    if saved is None and newest is not None:
+        key = newest.key
+        saved = Saved(size_bytes=newest.size_bytes, stored_bytes=newest.stored_bytes, files=newest.files)
+    if saved is None:
+        raise CarrelError("Nothing was kept.")
+    turn = due if due not in set(SnapshotReason) else None
+    ended = tx.events.completed(session.id, turn_id=turn) if turn is not None else None
+    return Snapshot(
+        id=new_id(),
+        session_id=session.id,
+        workspace_id=session.workspace_id,
+        number=time.time_ns() // 1000,
+        reason=SnapshotReason.TURN if turn is not None else SnapshotReason(due),
+        turn_id=turn,
+        seq=ended[1] if ended is not None else session.last_seq,
+        exact=exact,
+        key=key,
+        size_bytes=saved.size_bytes,
+        stored_bytes=saved.stored_bytes,
+        files=saved.files,
+        created_at=utc_now(),
+    )
+
+
+def _done(tx: abc.Transaction, session_id: str, due: str) -> None:
+    session = tx.sessions.get(session_id)
+    if session is not None and session.snapshot_due == due:
+        tx.sessions.update(session_id, snapshot_due=None)
+
+
+def _tell(tx: abc.Transaction, session_id: str, said: events.EventData) -> None:
+    session = tx.sessions.get(session_id)
+    if session is not None:
+        live = tx.turns.live(session_id)
+        transitions.emit(tx, session_id, said, turn_id=live.id if live is not None else None)
