@@ -18,7 +18,7 @@ from carrel.errors import (
     TurnRewound,
     Unavailable,
 )
-from carrel.model import Principal, Session, SessionStatus, Snapshot, TurnStatus, WorkspaceMode
+from carrel.model import Principal, Restoring, Session, SessionStatus, Snapshot, TurnStatus, WorkspaceMode
 from carrel.sessions.history import History
 from carrel.testing import FakeGateway, FakeHost, FakeTurn
 from carrel.testing.vault import FolderVault
@@ -264,6 +264,31 @@ async def test_nothing_goes_back_while_a_turn_is_at_work(kept: Kept) -> None:
         await gateway.snapshots.rewind(ALICE, session.id, turn_id=held.id, seq=None, files=True)
     await gateway.service.interrupt(ALICE, session.id)
     await gateway.ended(held)
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_rewind_that_broke_off_is_finished_at_the_next_start(
+    kept: Kept, open_gateway: Any, adopted: bool
+) -> None:
+    gateway, vault = kept
+    session = await gateway.create()
+    first = await write(gateway, session, "a", "1")
+    await write(gateway, session, "a", "2")
+    await gateway.service.stop(ALICE, session.id)
+    assert await gateway.keeper.settled(session.id, 10)
+    snapshot = next(each for each in await snapshots(gateway, session) if each.turn_id == first)
+    await gateway.keeper.stage(session, snapshot)
+    wanted = Restoring(snapshot_id=snapshot.id, turn_id=first, upto_turn=2)
+    await gateway.store.write(lambda tx: tx.sessions.update(session.id, restoring=wanted))
+    if adopted:
+        gateway.folders.adopt(session)
+    again = await open_gateway(vault=FolderVault(vault.root))
+    await again.service.settle(session.id)
+    now = await again.session(session.id)
+    assert (now.restoring, [part.after_turn for part in now.rewound]) == (None, [1])
+    assert read(again, session) == {"a": "1"}
+    told = [event for event in await again.log(session.id) if event.type == "session.rewound"]
+    assert len(told) == 1
 
 
 async def test_a_rewind_without_files_leaves_them(kept: Kept) -> None:
