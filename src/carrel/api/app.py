@@ -15,8 +15,8 @@ from carrel.api.dependencies import Services
 from carrel.api.routes import (
     artifacts,
     audit,
-    environments,
     diff,
+    environments,
     events,
     files,
     health,

@@ -40,9 +40,9 @@ from carrel.model_gateway.prices import Prices
 from carrel.protocol.bootstrap import EGRESS_SOCKET
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
-from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
+from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.history import History
 from carrel.sessions.hub import Hub

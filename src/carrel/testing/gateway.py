@@ -18,9 +18,9 @@ from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
-from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
+from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
 from carrel.sessions.hub import Hub
 from carrel.sessions.interactions import Interactions
