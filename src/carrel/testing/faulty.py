@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar
 
 from carrel import abc
-from carrel.errors import SandboxLaunchFailed
+from carrel.errors import ObjectStoreUnavailable, SandboxLaunchFailed
 from carrel.protocol.events import StoredEvent
 
 __all__ = [
@@ -22,6 +22,11 @@ __all__ = [
     "BusThatLosesFrames",
     "BusThatMixesSessions",
     "CommitFailed",
+    "ObjectsThatAreAway",
+    "ObjectsThatCorrupt",
+    "ObjectsThatHang",
+    "ObjectsThatShowParts",
+    "ObjectsThatTruncate",
     "RuntimeThatDiesAfterStart",
     "RuntimeThatFailsToLaunch",
     "RuntimeThatHidesItsOrphans",
@@ -353,3 +358,129 @@ class RuntimeThatWritesItsTokensDown(_Runtime):
         """Launch, and tell."""
         async for state in self._inner.launch(spec):
             yield state | {"token": spec.link_token}
+
+
+# ----------------------------------------------------------------------------------------------------------- objects
+
+
+class _Objects(abc.ObjectStore):
+    def __init__(self, inner: abc.ObjectStore) -> None:
+        self._inner = inner
+
+    async def start(self, exit_stack: AsyncExitStack) -> None:
+        await self._inner.start(exit_stack)
+
+    async def put(self, key: str, chunks: AsyncIterable[bytes]) -> abc.ObjectInfo:
+        return await self._inner.put(key, chunks)
+
+    async def get(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        async for piece in self._inner.get(key, start=start, end=end):
+            yield piece
+
+    async def stat(self, key: str) -> abc.ObjectInfo:
+        return await self._inner.stat(key)
+
+    async def list(self, prefix: str) -> AsyncIterator[abc.ObjectInfo]:
+        async for info in self._inner.list(prefix):
+            yield info
+
+    async def delete(self, key: str) -> None:
+        await self._inner.delete(key)
+
+
+class ObjectsThatAreAway(_Objects):
+    """Answers nothing while `away`; its contract allows that."""
+
+    def __init__(self, inner: abc.ObjectStore) -> None:
+        super().__init__(inner)
+        self.away = False
+        self.refused = 0
+
+    def _look(self) -> None:
+        if self.away:
+            self.refused += 1
+            raise ObjectStoreUnavailable(operator_detail="on purpose")
+
+    async def put(self, key: str, chunks: AsyncIterable[bytes]) -> abc.ObjectInfo:
+        """Store, unless away; also if it goes away meanwhile."""
+        self._look()
+
+        async def looked() -> AsyncIterator[bytes]:
+            async for chunk in chunks:
+                self._look()
+                yield chunk
+
+        return await self._inner.put(key, looked())
+
+    async def get(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """Give, unless away."""
+        self._look()
+        async for piece in self._inner.get(key, start=start, end=end):
+            self._look()
+            yield piece
+
+    async def stat(self, key: str) -> abc.ObjectInfo:
+        """Tell, unless away."""
+        self._look()
+        return await self._inner.stat(key)
+
+    async def list(self, prefix: str) -> AsyncIterator[abc.ObjectInfo]:
+        """List, unless away."""
+        self._look()
+        async for info in self._inner.list(prefix):
+            yield info
+
+    async def delete(self, key: str) -> None:
+        """Delete, unless away."""
+        self._look()
+        await self._inner.delete(key)
+
+
+class ObjectsThatHang(_Objects):
+    """Never answers a `put` while `hanging`."""
+
+    def __init__(self, inner: abc.ObjectStore) -> None:
+        super().__init__(inner)
+        self.hanging = True
+
+    async def put(self, key: str, chunks: AsyncIterable[bytes]) -> abc.ObjectInfo:
+        """Wait for ever."""
+        if self.hanging:
+            await asyncio.Event().wait()
+        return await self._inner.put(key, chunks)
+
+
+class ObjectsThatTruncate(_Objects):
+    """Gives all but the last bytes, and says nothing."""
+
+    async def get(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """Give less than there is."""
+        size = (await self._inner.stat(key)).size
+        most = size - size // 10 if end is None else min(end, size - size // 10)
+        async for piece in self._inner.get(key, start=start, end=most):
+            yield piece
+
+
+class ObjectsThatCorrupt(_Objects):
+    """Gives content with one bit changed, and says nothing."""
+
+    async def get(self, key: str, *, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """Give something else."""
+        async for piece in self._inner.get(key, start=start, end=end):
+            yield bytes([piece[0] ^ 1]) + piece[1:]
+
+
+class ObjectsThatShowParts(_Objects):
+    """Shows an object before it is whole, and keeps what there is of one that failed."""
+
+    async def put(self, key: str, chunks: AsyncIterable[bytes]) -> abc.ObjectInfo:
+        """Store it anew with each piece."""
+        have = b""
+
+        async def one(data: bytes) -> AsyncIterator[bytes]:
+            yield data
+
+        async for chunk in chunks:
+            have += chunk
+            await self._inner.put(key, one(have))
+        return await self._inner.put(key, one(have))
