@@ -89,14 +89,14 @@ fi
 
 "${compose[@]}" up --detach --remove-orphans
 say "waiting until it is ready"
-for ((i = 0; i < 120; i++)); do
+for ((i = 0; i < 90; i++)); do
     state=$(docker inspect --format '{{.State.Health.Status}}' "$("${compose[@]}" ps --quiet app)" 2>/dev/null) || state=gone
     [[ $state == healthy ]] && break
     sleep 1
 done
 if [[ $state != healthy ]]; then
     "${compose[@]}" logs --tail 30 app >&2
-    fail "the application is not ready after two minutes; above are its last lines (all: ${compose[*]} logs)"
+    fail "the application is not ready in time; above are its last lines (all: ${compose[*]} logs)"
 fi
 
 address=$("${compose[@]}" port app 8000)

@@ -51,7 +51,7 @@ class Installation:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=240
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=400
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done

@@ -129,7 +129,9 @@ def test_what_listens_without_a_key_says_so_and_why() -> None:
 
 def _prepare(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = (ROOT / "deploy/compose/prepare").read_text()
-    script = re.sub(r"(?<![\w}])/(secrets|data|opt)/", rf"{tmp_path}/\1/", script)
+    script = re.sub(r"(?<![\w}])/(secrets|data|opt)/", rf"{tmp_path}/\1/", script).replace(
+        " /data ", f" {tmp_path}/data "
+    )
     for name in ("secrets/app", "secrets/postgres"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     given = {"CARREL_UID": "1000", "CARREL_GID": "1000", "POSTGRES_USER": "carrel", "POSTGRES_DB": "carrel"}
