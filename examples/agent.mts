@@ -1,7 +1,7 @@
 // Claude Code driven from TypeScript in the sandbox image alone, without a gateway.
 //
 //     docker run --rm --init -e CLAUDE_CODE_OAUTH_TOKEN -v "$PWD/examples:/examples:ro" carrel-sandbox \
-//         sh -c 'tsc --outDir /tmp/agent --module nodenext --typeRoots /node_modules/@types /examples/agent.mts
+//         sh -c 'tsc --noCheck --noResolve --module nodenext --outDir /tmp/agent /examples/agent.mts
 //                node /tmp/agent/agent.mjs'
 
 import { query } from "@anthropic-ai/claude-agent-sdk";
