@@ -513,10 +513,11 @@ async def test_the_database_and_its_connections(start, postgres):
 
 
 async def test_a_dialects_listener_and_who_may_call_it(start):
-    """host, port and auth of both dialects."""
+    """host, port and auth of every dialect."""
     api = await start(
         dialects={
             "claude-agent-http": {"port": 0, "host": "127.0.0.1", "auth": "none"},
+            "claudecode-api": {"port": 0, "host": "::1"},
             "sdk-server": {"port": 0, "host": "::1", "auth": "static-token"},
         },
         static_token="a-token-of-16-bytes",
@@ -531,3 +532,8 @@ async def test_a_dialects_listener_and_who_may_call_it(start):
         assert (await http.get(url)).status_code == 401
         shown = {"Authorization": "Bearer a-token-of-16-bytes"}
         assert (await http.get(url, headers=shown)).json() == {"active_sessions": [], "count": 0}
+        # Its own default is the token.
+        assert listeners["claudecode-api"].startswith("http://[::1]:")
+        url = f"{listeners['claudecode-api']}/api/sessions/dev"
+        assert (await http.get(url)).status_code == 401
+        assert (await http.get(url, headers=shown)).json() == []

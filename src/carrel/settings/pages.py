@@ -30,7 +30,7 @@ _SHOWN_AS = {
     "plugins": [{"type": "local", "path": "/srv/plugins/review"}],
     "dialects": {
         "claude-agent-http": {"port": 8000, "host": "127.0.0.1", "auth": "keys"},
-        "claudecode-api": {"port": 3001, "auth": "static-token"},
+        "claudecode-api": {"port": 3001, "auth": "keys"},
         "sdk-server": {"port": 3000},
     },
 }

@@ -132,7 +132,7 @@ EFFECTS: dict[str, str] = {
     "database.outage_seconds": "integration/test_outage.py::test_a_longer_outage_is_answered_503_and_over_by_itself",
     **{
         f"dialects.{dialect}.{name}": _EFFECTS + "test_a_dialects_listener_and_who_may_call_it"
-        for dialect in ("claude-agent-http", "sdk-server")
+        for dialect in ("claude-agent-http", "claudecode-api", "sdk-server")
         for name in ("port", "host", "auth")
     },
     "observability.log_format": _EFFECTS + "test_log_format",

@@ -30,7 +30,7 @@ def test_the_example_has_every_setting_with_a_comment_above_it(tmp_path):
 def test_what_its_comments_show_is_right_too(load, tmp_path, monkeypatch):
     shown = pages._SHOWN_AS | {"plugins": [{"type": "local", "path": str(tmp_path)}]}
     settings = load(yaml.safe_dump(shown))
-    assert set(settings.dialects) == {"claude-agent-http", "sdk-server"}
+    assert set(settings.dialects) == {"claude-agent-http", "claudecode-api", "sdk-server"}
     assert set(settings.mcp_servers) == {"files", "docs"}
 
 
