@@ -399,7 +399,7 @@ async def test_defaults_of_tools_and_permissions(start):
     api = await start(
         defaults={"permission_mode": "default", "allowed_tools": ["Write"], "disallowed_tools": ["WebSearch"]}
     )
-    session = await api.session()
+    session = await api.session(ask_expires_seconds=0)
     result = await api.run(session, "[[write: a | b]] [[bash: rm a]]")
     assert [call["is_error"] for call in result["tool_calls"]] == [False, True]
     known = await initialised(api, session)

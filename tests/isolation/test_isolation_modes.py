@@ -110,7 +110,7 @@ def unwalled(open_house):
 
 @pytest.fixture
 def session_without_wall(unwalled, until):
-    session = unwalled.session(allowed_tools=["Bash(python3:*)"])
+    session = unwalled.session(allowed_tools=["Bash(python3:*)"], ask_expires_seconds=0)
     yield session
     assert unwalled.client.delete(f"/sessions/{session}").status_code == 204
     until(lambda: unwalled.sandboxes() == [], name="the sandbox's end")
