@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from carrel import abc
+from carrel.cli.objects import objects_of
 from carrel.model import Snapshot
-from carrel.objects import DiskPlace, Objects
 from carrel.sessions.keeper import Keeper
 from carrel.sessions.vault import SnapshotVault
 from carrel.settings import Settings
@@ -37,7 +37,7 @@ class KeptFiles:
         stack: AsyncExitStack,
     ) -> KeptFiles:
         """Make them; the keeper does nothing before it is started."""
-        objects = Objects(DiskPlace(settings.data / "objects"))
+        objects = objects_of(settings)
         await objects.start(stack)
         wanted = settings.snapshots
         snapshots = Snapshots(objects, max_bytes=wanted.max_mb * 2**20, ignored=wanted.ignored)

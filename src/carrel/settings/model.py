@@ -50,6 +50,28 @@ _PUBLISHED_SECRETS = frozenset(
 )
 """Secrets out of examples and documentation, in small letters with `-` between words."""
 
+_PUBLISHED_OBJECT_KEYS = frozenset(
+    {
+        "access-key",
+        "accesskey",
+        "admin",
+        "changeme",
+        "garage",
+        "minio",
+        "minio123",
+        "minioadmin",
+        "miniopassword",
+        "password",
+        "rustfsadmin",
+        "secret-key",
+        "secretkey",
+        "test",
+        "your-access-key",
+        "your-secret-key",
+    }
+)
+"""What servers that speak S3 are delivered with, and what their guides show."""
+
 
 def _outside(name: str, default: Any, description: str, **more: Any) -> Any:
     """A setting that the world knows under a name of its own."""
@@ -207,6 +229,75 @@ class SnapshotSettings(Group):
     ignored: list[str] = Field(
         default=[], description="Patterns of names, or of paths in the workspace, that are not kept: `node_modules`."
     )
+
+
+class ObjectSettings(Group):
+    """Where snapshots and artifacts are."""
+
+    kind: Literal["disk", "s3", "gcs", "azure"] = Field(
+        default="disk", description="`s3` is whatever speaks like it too: MinIO, Ceph, R2."
+    )
+    path: Path | None = Field(default=None, description="disk: the folder; default: DATA/objects.")
+    bucket: str | None = Field(default=None, description="The bucket, or Azure's container; it must exist.")
+    prefix: str | None = Field(default=None, description="The folder in the bucket, where it is not all ours.")
+    endpoint: str | None = Field(default=None, description="The server's address, where it is not the provider's own.")
+    region: str | None = Field(default=None, description="s3: the region; default: us-east-1.")
+    account: str | None = Field(default=None, description="azure: the storage account.")
+    access_key: SecretStr | None = Field(
+        default=None, description="s3: the access key; without keys those of the machine's role are used."
+    )
+    secret_key: SecretStr | None = Field(
+        default=None,
+        description="s3: the secret key. azure: the account's key. gcs: a service account's key, as JSON.",
+    )
+    encryption_key: SecretStr | None = Field(
+        default=None, description="Encrypts what is stored from now on; a text of at least 32 bytes."
+    )
+    old_encryption_keys: SecretStr | None = Field(
+        default=None, description="Earlier encryption keys, with spaces between; what they have closed can be opened."
+    )
+    accept_unencrypted: bool = Field(
+        default=False, description="Whether with an encryption key what was stored without one can be read."
+    )
+    timeout_seconds: float = Field(
+        default=60.0, gt=0, description="How long one request may take, and how long one that fails is repeated."
+    )
+
+    @field_validator("access_key", "secret_key")
+    @classmethod
+    def _not_published(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and value.get_secret_value().strip().lower() in _PUBLISHED_OBJECT_KEYS:
+            raise ValueError("is the key that servers are delivered with, which everybody knows; set one of your own")
+        return value
+
+    @field_validator("encryption_key", "old_encryption_keys")
+    @classmethod
+    def _are_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        for text in [] if value is None else value.get_secret_value().split() or [""]:
+            _strong(SecretStr(text), 32)
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
+            raise ValueError("must be a URL such as https://minio.example.com:9000")
+        return value
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value is not None else None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ObjectSettings:
+        if self.kind != "disk" and not self.bucket:
+            raise ValueError(f"kind {self.kind} needs a bucket")
+        if self.kind == "azure" and not self.account:
+            raise ValueError("kind azure needs an account")
+        if self.kind == "s3" and (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key belong together; give both or neither")
+        return self
 
 
 class Plugin(Group):
@@ -368,6 +459,7 @@ class Settings(Group):
     outbox_disk_bytes: int = Field(default=2**30, ge=0, description="And after that on disk.")
     stream_buffer_bytes: int = Field(default=4 * 2**20, ge=1, description="What waits for a viewer that is slow.")
     heartbeat_seconds: float = Field(default=15.0, gt=0, description="How often a silent stream shows it lives.")
+    objects: ObjectSettings = Field(default=ObjectSettings(), description="Where snapshots and artifacts are.")
     snapshots: SnapshotSettings = Field(default=SnapshotSettings(), description="How the files of sessions are kept.")
     users: Users = Field(default=Users(), description="Users' own directories.")
     limits: Limits = Field(default=Limits(), description="How much there may be at once.")

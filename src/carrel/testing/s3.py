@@ -39,7 +39,7 @@ class S3Server:
     def __init__(self, program: str, folder: Path) -> None:
         """Prepare a server over a folder of its own."""
         self._program = program
-        self._folder = folder
+        self.folder = folder
         (folder / self.bucket).mkdir(parents=True, exist_ok=True)
         self._port = _free_port()
         self._behind = _free_port()
@@ -56,7 +56,7 @@ class S3Server:
         command = [self._program, "serve", "s3", "--addr", f"127.0.0.1:{self._behind}", "--config", "/dev/null"]
         command += ["--auth-key", f"{self.access_key},{self.secret_key}", "--vfs-cache-mode", "off"]
         self._process = subprocess.Popen(
-            [*command, str(self._folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, str(self.folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + _START_SECONDS
         while True:

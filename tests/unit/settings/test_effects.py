@@ -14,6 +14,7 @@ from carrel.settings.names import leaves
 
 TESTS = Path(__file__).resolve().parents[2]
 
+_OBJECTS = "unit/cli/test_objects.py::"
 _CAPS = "integration/test_caps.py::"
 _DOCKER = "integration/test_docker.py::"
 _EFFECTS = "integration/test_settings_effects.py::"
@@ -79,6 +80,19 @@ EFFECTS: dict[str, str] = {
     "stream_buffer_bytes": "integration/test_load.py::"
     "test_a_subscriber_that_stops_reading_holds_nobody_up_and_misses_nothing",
     "heartbeat_seconds": _EFFECTS + "test_heartbeat_seconds",
+    "objects.kind": _OBJECTS + "test_in_the_clouds",
+    "objects.path": _OBJECTS + "test_on_disk",
+    "objects.bucket": _OBJECTS + "test_in_the_clouds",
+    "objects.prefix": _OBJECTS + "test_in_the_clouds",
+    "objects.endpoint": _OBJECTS + "test_in_the_clouds",
+    "objects.region": _OBJECTS + "test_in_the_clouds",
+    "objects.account": _OBJECTS + "test_in_the_clouds",
+    "objects.access_key": _OBJECTS + "test_in_the_clouds",
+    "objects.secret_key": _OBJECTS + "test_in_the_clouds",
+    "objects.encryption_key": _OBJECTS + "test_encryption_is_turned_on_and_its_key_changed",
+    "objects.old_encryption_keys": _OBJECTS + "test_encryption_is_turned_on_and_its_key_changed",
+    "objects.accept_unencrypted": _OBJECTS + "test_encryption_is_turned_on_and_its_key_changed",
+    "objects.timeout_seconds": _OBJECTS + "test_what_is_refused",
     "snapshots.enabled": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
     "snapshots.keep": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
     "snapshots.max_mb": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
