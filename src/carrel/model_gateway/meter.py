@@ -195,7 +195,8 @@ class Meter:
             if found is not None:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(freed.wait(), _LOOK_AGAIN_SECONDS)
+                async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
+                    await freed.wait()
             if gone is not None and await gone():
                 return None
         if isinstance(found, TurnFailure):

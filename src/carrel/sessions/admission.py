@@ -128,7 +128,9 @@ class Admission:
         while True:
             # Where another gateway frees a place, nothing is heard of it here.
             try:
-                await asyncio.wait_for(self._freed.wait(), _LOOK_AGAIN_SECONDS)
+                # Not `wait_for`: before Python 3.12 it can lose a cancellation that comes with the event.
+                async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
+                    await self._freed.wait()
             except TimeoutError:
                 if not self._refused:
                     continue

@@ -132,7 +132,8 @@ class Guard:
     async def _repeat(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), _LOOK_SECONDS)
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._woken.wait()
             self._woken.clear()
             try:
                 await self.look()
