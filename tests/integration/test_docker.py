@@ -3,8 +3,9 @@
 import asyncio
 import json
 import os
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +161,24 @@ async def test_the_wall_is_as_the_settings_say(start_docker: Any, tmp_path: Path
     assert set(found["Config"]["Labels"]) >= {"carrel.installation", "carrel.sandbox", "carrel.session"}
 
 
-async def test_the_host_may_have_the_data_folder_elsewhere(start_docker: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose sockets fit below it: otherwise they stand elsewhere, where a gateway's host has no name for them."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="docker-") as folder:
+        yield Path(folder)
+
+
+async def test_the_host_may_have_the_data_folder_elsewhere(start_docker: Any, short_path: Path) -> None:
     """As for a gateway in a container: the engine is told the host's names of our folders."""
-    (tmp_path / "of-the-host").mkdir()
-    (tmp_path / "data").symlink_to(tmp_path / "of-the-host")
-    api = await start_docker(docker={"data_on_host": str(tmp_path / "of-the-host")})
+    ours, theirs = short_path / "data", short_path / "of-the-host"
+    theirs.mkdir()
+    ours.symlink_to(theirs)
+    api = await start_docker(data=ours, docker={"data_on_host": str(theirs)})
     session = await api.session()
     assert await bash(api, session, "echo here") == "here"
     sources = {mount["Source"] for mount in (await inspected(api))["HostConfig"]["Mounts"]}
-    assert str(tmp_path / "of-the-host" / "sessions" / session / "workspace") in sources
-    assert not any(source.startswith(str(tmp_path / "data")) for source in sources)
+    assert str(theirs / "sessions" / session / "workspace") in sources
+    assert not any(source.startswith(f"{ours}/") for source in sources)
 
 
 async def test_an_image_that_is_missing_is_named(start_docker: Any) -> None:
@@ -306,6 +315,23 @@ async def test_an_engine_that_comes_back_finds_its_sandboxes_as_they_were(start_
     assert found["status"] == "succeeded"
     assert found["text"].startswith("through")
     await switch.on()
+
+
+async def test_an_engine_that_restarts_has_ended_its_containers(start_docker: Any, switch: Switch) -> None:
+    """While it is away nobody is taken for dead; when it is back, what it says of the container is the truth."""
+    api = await start_docker(docker={"host": f"unix://{switch.path}"})
+    session = await api.session()
+    turn = await api.send(session, "[[bash: echo begun > making; mv making begun; sleep 100]]")
+    await until_exists(api.server.data / "sessions" / session / "workspace" / "begun")
+    name = await the_container(api)
+    await switch.off()
+    await docker("kill", name)
+    await api.server.guard.look()
+    assert (await api.ask("GET", f"/sessions/{session}"))["status"] == "running"
+    await switch.on()
+    found = await ended(api, session, turn)
+    assert (found["status"], found["error"]["code"]) == ("failed", "sandbox_lost")
+    assert await bash(api, session, "cat begun") == "begun"
 
 
 async def test_a_session_moves_from_local_to_docker_and_back(start: Any, tmp_path: Path, require: Any) -> None:

@@ -1,4 +1,4 @@
-"""The gateway dies at each checkpoint of a container's launch: its next life finds what was begun, and the turn is had."""
+"""The gateway dies at each checkpoint of a container's launch, and in mid-turn: its next life finds what was begun, and the turn is had."""
 
 import asyncio
 import subprocess
@@ -23,6 +23,7 @@ def containers(data: Any) -> list[str]:
         ("sandbox.checkpoint:2", 1),  # the container is made
         ("sandbox.checkpoint:3", 1),  # it runs, and has its bootstrap
         ("bind.sent", 1),  # its agent is being started
+        ("tool.called", 1),  # its agent is at work, and goes on
     ],
 )
 async def test_killed_at_a_checkpoint_of_a_launch(victim: Any, point: str, begun: int) -> None:
