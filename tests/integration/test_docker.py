@@ -291,7 +291,7 @@ async def switch(tmp_path: Path) -> AsyncIterator[Switch]:
     await switch.off()
 
 
-async def test_an_engine_that_is_away_is_waited_for_then_said_to_be(start_docker: Any, switch: Switch) -> None:
+async def test_an_engine_that_is_away_is_waited_for_then_said_to_be(switch: Switch, start_docker: Any) -> None:
     api = await start_docker(docker={"host": f"unix://{switch.path}", "wait_seconds": 0.5})
     session = await api.session()
     await switch.off()
@@ -302,7 +302,7 @@ async def test_an_engine_that_is_away_is_waited_for_then_said_to_be(start_docker
     assert (await api.run(session, "hello again"))["status"] == "succeeded"
 
 
-async def test_an_engine_that_comes_back_finds_its_sandboxes_as_they_were(start_docker: Any, switch: Switch) -> None:
+async def test_an_engine_that_comes_back_finds_its_sandboxes_as_they_were(switch: Switch, start_docker: Any) -> None:
     """The gateway's road to the engine is cut in mid-turn: who has no news of a sandbox does not end it."""
     api = await start_docker(docker={"host": f"unix://{switch.path}"})
     session = await api.session()
@@ -317,7 +317,7 @@ async def test_an_engine_that_comes_back_finds_its_sandboxes_as_they_were(start_
     await switch.on()
 
 
-async def test_an_engine_that_restarts_has_ended_its_containers(start_docker: Any, switch: Switch) -> None:
+async def test_an_engine_that_restarts_has_ended_its_containers(switch: Switch, start_docker: Any) -> None:
     """While it is away nobody is taken for dead; when it is back, what it says of the container is the truth."""
     api = await start_docker(docker={"host": f"unix://{switch.path}"})
     session = await api.session()

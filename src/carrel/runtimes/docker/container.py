@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ _INSTALLATION = "carrel.installation"
 _SANDBOX = "carrel.sandbox"
 _SESSION = "carrel.session"
 _MIB = 2**20
+
+_OF_A_VOLUME = re.compile(r"/volumes/[^/]+/_data(/|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +174,9 @@ def config(
 
 
 def _mount(source: str, target: str, read_only: bool) -> dict[str, Any]:
-    # Never made where it is missing: a wrong path is to be an error, not an empty folder of root's. And what the host
-    # mounts there later may come along: of a volume, which is in the engine's own folder, engines take no other way.
-    return {
-        "Type": "bind",
-        "Source": source,
-        "Target": target,
-        "ReadOnly": read_only,
-        "BindOptions": {"Propagation": "rslave"},
-    }
+    # Never made where it is missing: a wrong path is to be an error, not an empty folder of root's.
+    mount: dict[str, Any] = {"Type": "bind", "Source": source, "Target": target, "ReadOnly": read_only}
+    if _OF_A_VOLUME.search(source):
+        # It lies in the engine's own folder, of which engines bind nothing in any other way; elsewhere few hosts allow it.
+        mount["BindOptions"] = {"Propagation": "rslave"}
+    return mount
