@@ -119,8 +119,11 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
         return Launching.OUTDATED
     if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED) or session.restoring is not None:
         return Launching.OUTDATED
-    queued = tx.turns.queued(session.id)
-    wanted = session.status is SessionStatus.IDLE and queued and tx.turns.live(session.id) is None
+    queued, live = tx.turns.queued(session.id), tx.turns.live(session.id)
+    if not queued and live is None and session.reserved is None:
+        # What it was wanted for has been cancelled meanwhile.
+        return Launching.OUTDATED
+    wanted = session.status is SessionStatus.IDLE and queued and live is None
     if wanted and not admission.admits(tx, queued[0].id):
         return Launching.WAITS
     if occupants(tx, session):

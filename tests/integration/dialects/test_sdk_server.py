@@ -110,7 +110,12 @@ async def test_8_starting_a_session_asks_no_model(sdk):
     assert started["initial_response"] is None
     [session] = await native_sessions(sdk)
     assert (session["status"], session["turn_count"]) == ("idle", 0)
-    assert session["spec"] == {"model": "haiku", "permission_mode": "plan", "allowed_tools": ["Read"]}
+    assert session["spec"] == {
+        "model": "haiku",
+        "permission_mode": "plan",
+        "allowed_tools": ["Read"],
+        "ask_expires_seconds": 0.0,
+    }
     assert (await sdk.ask("GET", f"/session/{started['session_id']}"))["model"] == "haiku"
 
 

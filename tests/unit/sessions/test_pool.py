@@ -155,7 +155,7 @@ async def test_live_options_that_did_not_arrive_are_told_when_the_runner_is_back
     await cut(gateway, session)
     await eventually(lambda: runner.connections > connections)
     await gateway.run(session.id, "hello")
-    assert runner.model == "opus"
+    await eventually(lambda: runner.model == "opus")
 
 
 async def test_options_that_did_arrive_are_not_told_again(open_gateway: Any, host: FakeHost) -> None:

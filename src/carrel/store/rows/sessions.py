@@ -66,6 +66,7 @@ class SqlSessions(Rows, abc.SessionRows):
             tables.turns,
             tables.sandboxes,
             tables.artifacts,
+            tables.interactions,
             tables.network_requests,
         ):
             self._connection.execute(table.delete().where(table.c.session_id == session_id))
