@@ -30,7 +30,7 @@ post 200 '\{"exists":true,"running":true,"name":"claude-agent-prod"\}' /api/cont
 
 post 200 '\{"success":true,"output":"This is turn 1 of our conversation\. .*"\}' /api/execute '{"env":"dev","prompt":"hello","unknown":1}'
 object='\{\\"type\\":\\"result\\",\\"subtype\\":\\"success\\",\\"is_error\\":false,.*\}'
-post 200 "\{\"success\":true,\"output\":\"[^\"]*\",\"json_output\":\"$object\"\}" /api/execute '{"env":"dev","prompt":"hello","jsonOutput":true}'
+post 200 "\{\"success\":true,\"output\":\".*\",\"json_output\":\"$object\"\}" /api/execute '{"env":"dev","prompt":"hello","jsonOutput":true}'
 post 200 '\{"success":false,"error":"[^"]+"\}' /api/execute '{"env":"nowhere","prompt":"hello"}'
 post 422 '\{"detail":\[.*\]\}' /api/execute '{"env":"dev","prompt":" "}'
 
