@@ -272,7 +272,7 @@ async def test_killed_while_a_pool_is_filled_or_taken_from(victim, point):
             assert (await http.delete(f"/sessions/{session['id']}")).status_code == 204
         async with asyncio.timeout(60):
             # The one that waits now, and nothing else: no folder, no sandbox.
-            while any(len([p for p in (victim.data / name).iterdir() if p.is_dir()]) != 1 for name in _FOLDERS):
+            while any(len([p for p in (victim.data / name).glob("*") if p.is_dir()]) != 1 for name in _FOLDERS):
                 await asyncio.sleep(0.05)
 
 
