@@ -89,6 +89,18 @@ async def test_edited_input_is_what_runs(api):
     assert resolved["data"]["answered_by"] == "admin"
 
 
+async def test_edited_input_is_held_to_deny_rules(api):
+    session = await api.session(**ASKED, permissions={"deny": ["Bash(curl *)"]})
+    turn = await api.send(session, APPEND)
+    (asked,) = await pending(api, session)
+    await reply(
+        api, asked, decision="allow", updated_input={"command": "curl example.org; echo never >> /workspace/log"}
+    )
+    result = await ended(api, session, turn)
+    assert "a deny rule: Bash(curl *)" in json.dumps(result["tool_calls"][0]["result"])
+    assert await log(api, session) is None
+
+
 async def test_of_two_answers_one_counts(api):
     session = await api.session(**ASKED)
     turn = await api.send(session, APPEND)

@@ -300,19 +300,22 @@ class Agent:
         """
         if self._running is not None and self._running.interrupted is not None:
             return _decided("deny", "The turn is being ended.")
-        verdict = decide(
-            # An agent may narrow its own mode, by planning first.
-            PermissionMode.PLAN if given.get("permission_mode") == PermissionMode.PLAN else self._mode,
-            self._rules,
-            given["tool_name"],
-            given["tool_input"],
-            place=dataclasses.replace(self._place, cwd=given.get("cwd") or self._place.cwd),
-        )
+        verdict = self._verdict(given, given["tool_input"])
         if verdict is None or (verdict.decision is Decision.ALLOW and self._mode is PermissionMode.BYPASS):
             return {}
         if verdict.decision is Decision.ASK:
             return await self._ask(given, tool_use_id, _why(verdict))
         return _decided(verdict.decision.value, _why(verdict))
+
+    def _verdict(self, given: Any, tool_input: dict[str, Any]) -> Verdict | None:
+        return decide(
+            # An agent may narrow its own mode, by planning first.
+            PermissionMode.PLAN if given.get("permission_mode") == PermissionMode.PLAN else self._mode,
+            self._rules,
+            given["tool_name"],
+            tool_input,
+            place=dataclasses.replace(self._place, cwd=given.get("cwd") or self._place.cwd),
+        )
 
     async def _ask(self, given: Any, tool_use_id: str | None, why: str) -> sdk.HookJSONOutput:
         """Have a person decide, for however long that takes."""
@@ -341,6 +344,10 @@ class Agent:
             self._asked.pop(asked, None)
         if not answer.allow:
             return _decided("deny", answer.message)
+        changed = self._verdict(given, answer.input) if answer.input is not None else None
+        if changed is not None and changed.rule is not None and changed.decision is Decision.DENY:
+            # Whoever may answer may not for that do what the rules forbid.
+            return _decided("deny", _why(changed))
         return _decided("allow", "A person has allowed this call.", updated_input=answer.input)
 
     @property

@@ -40,7 +40,7 @@ class NetworkReport(BaseModel):
 
 
 _EXAMPLE: dict[str, Any] = {
-    "policy": {"allow": ["pypi.org", "*.pythonhosted.org"]},
+    "policy": {"allow": ["packages.example.org", "*.example.net"]},
     "recorded": True,
     "data": [
         {
@@ -53,7 +53,7 @@ _EXAMPLE: dict[str, Any] = {
             "last_at": "2026-11-21T09:31:05Z",
         },
         {
-            "host": "pypi.org",
+            "host": "packages.example.org",
             "port": 443,
             "verdict": "allowed",
             "reason": "listed",
