@@ -60,6 +60,7 @@ soak: $(DEVELOP) ## run for a long time and watch what grows
 .PHONY: soak-compose
 soak-compose: $(DEVELOP) ## bring up every compose mode, use it, stop it, bring it up again (scripts/testbed comes first)
 	docker build --quiet --tag carrel-stand-in-postgres tests/compose/stand-ins/postgres
+	docker build --quiet --tag carrel-stand-in-objects tests/compose/stand-ins/objects
 	$(PY) -m pytest -v tests/compose -m "slow_compose or not slow_compose" $(PYTEST_ARGS)
 
 .PHONY: lock

@@ -3,26 +3,27 @@
 #
 #   ./docker-start.sh                 start as the last time; the first time with SQLite and named volumes
 #   ./docker-start.sh --postgres      with PostgreSQL
+#   ./docker-start.sh --objects       with snapshots and artifacts in a store of objects (S3) beside it
 #   ./docker-start.sh --bind-mounts   with the data in folders of this host (HOST_DB_DIR, HOST_USER_DATA_DIR)
 #   ./docker-start.sh --build         build the images anew, then start
 #   ./docker-start.sh --stop          stop everything; sessions go on at the next start
 #   ./docker-start.sh --down          stop, and remove containers and networks; volumes stay
 #
-# The first two may be combined. What is chosen is kept in .env (COMPOSE_FILE, COMPOSE_PROFILES), so that
+# The first three may be combined. What is chosen is kept in .env (COMPOSE_FILE, COMPOSE_PROFILES), so that
 # `docker compose` by itself means the same afterwards.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 say() { echo "docker-start: $*"; }
 fail() { echo "docker-start: $*" >&2; exit 1; }
-usage() { sed -n 's/^# \{0,1\}//; 2,12p' "$0"; }
+usage() { sed -n 's/^# \{0,1\}//; 2,13p' "$0"; }
 
 files=(docker-compose.yml) chosen=no build=no action=start
 while (($#)); do
     case $1 in
         --postgres) files+=(docker-compose.postgres.yml) chosen=yes ;;
         --bind-mounts) files+=(docker-compose.override.bindmounts.yml) chosen=yes ;;
-        --objects) fail "an object store of its own is not there yet" ;;
+        --objects) files+=(docker-compose.objects.yml) chosen=yes ;;
         --build) build=yes ;;
         --stop | --down) action=${1#--} ;;
         -h | --help) usage; exit ;;
@@ -102,3 +103,8 @@ fi
 address=$("${compose[@]}" port app 8000)
 say "Carrel is ready at http://$address"
 say "the admin key: ${compose[*]} exec app cat /data/db/admin.key"
+console=$("${compose[@]}" port objects 9001 2>/dev/null) || console=
+if [[ -n $console ]]; then
+    say "the store of objects has a console at http://$console"
+    say "its keys: ${compose[*]} exec objects tail -n +1 /secrets/access-key /secrets/secret-key"
+fi

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 120
+PORTS = ("API_PORT", "NATIVE_PORT", "SDK_SERVER_PORT", "POSTGRES_PORT", "OBJECTS_PORT", "OBJECTS_CONSOLE_PORT")
 
 
 def _free_port() -> int:
@@ -30,13 +31,14 @@ class Installation:
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.project = f"carrel-test-{uuid4().hex[:8]}"
-        self.ports = {name: _free_port() for name in ("API_PORT", "NATIVE_PORT", "SDK_SERVER_PORT", "POSTGRES_PORT")}
+        self.ports = {name: _free_port() for name in PORTS}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("CARREL_", "COMPOSE_"))},
             "COMPOSE_PROJECT_NAME": self.project,
             "CARREL_MODEL_UPSTREAM": "scripted",
             "CARREL_IMAGE_PREFIX": os.environ.get("CARREL_IMAGE_PREFIX", "carrel"),
             "POSTGRES_IMAGE": "carrel-stand-in-postgres",
+            "OBJECTS_IMAGE": "carrel-stand-in-objects",
             **{name: str(port) for name, port in self.ports.items()},
             **environment,
         }

@@ -149,6 +149,51 @@ def _is_in_postgres(installation: Any) -> None:
 
 
 @slow
+def test_objects(install: Callable[..., Any], wait_until: Callable[[Callable[[], bool]], None]) -> None:
+    """A session's files come back out of the store of objects when they are lost on the disk."""
+    installation = install()
+    assert "has a console" in installation.start("--objects")
+    session = used(installation)
+    wait_until(lambda: len(_kept(installation, session)) >= 2)  # the manifest and what it names
+    installation.start("--stop")
+    _as_root(installation, f"rm -r /data/db/sessions/{session}")
+    installation.start()
+    still_there(installation, session)
+    assert installation.exec("sh", "-c", "ls -d /data/db/objects 2>&1 || true").startswith("ls: cannot access")
+    access, secret = installation.exec(
+        "sh", "-c", "cd /secrets; cat access-key; echo; cat secret-key", service="objects"
+    ).split()
+    assert (len(access), len(secret)) == (20, 40)
+    told = installation.compose("logs", "--no-color") + "".join(
+        json.dumps(installation.inspect(service)) for service in ("app", "objects", "prepare-objects")
+    )
+    assert secret not in told
+    assert access not in told
+    port, console = (installation.ports[name] for name in ("OBJECTS_PORT", "OBJECTS_CONSOLE_PORT"))
+    assert httpx.get(f"http://127.0.0.1:{port}/carrel").status_code in (400, 403)  # nothing without a key
+    assert httpx.get(f"http://127.0.0.1:{console}/").text == "console"
+
+
+def _kept(installation: Any, session: str) -> list[str]:
+    """What the store of objects has of a session."""
+    found: str = installation.exec("find", "/data/carrel", "-type", "f", "-path", f"*{session}*", service="objects")
+    return found.splitlines()
+
+
+@slow
+def test_objects_and_postgres_by_their_profiles_with_keys_of_ones_own(install: Callable[..., Any]) -> None:
+    installation = install(OBJECTS_ACCESS_KEY="minioadmin", OBJECTS_SECRET_KEY="a-secret-of-my-own")
+    installation.environment["COMPOSE_PROFILES"] = "objects,postgres"
+    assert installation.run("./docker-start.sh", check=False).returncode != 0
+    assert "OBJECTS_ACCESS_KEY is a published default" in installation.compose("logs", "--no-color", "prepare-objects")
+    installation.environment["OBJECTS_ACCESS_KEY"] = "a-key-of-my-own"
+    up_used_stopped_up(installation)
+    _is_in_postgres(installation)
+    assert installation.exec("cat", "/secrets/access-key", service="objects") == "a-key-of-my-own"
+    assert installation.exec("find", "/data/carrel", "-type", "f", service="objects")
+
+
+@slow
 def test_bind_mounts(install: Callable[..., Any]) -> None:
     installation = install()
     users = installation.folder / "data/claude-users"

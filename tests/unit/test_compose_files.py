@@ -132,9 +132,10 @@ def _prepare(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.
     script = re.sub(r"(?<![\w}])/(secrets|data|opt)/", rf"{tmp_path}/\1/", script).replace(
         " /data ", f" {tmp_path}/data "
     )
-    for name in ("secrets/app", "secrets/postgres"):
+    for name in ("secrets/app", "secrets/postgres", "secrets/objects"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     given = {"CARREL_UID": "1000", "CARREL_GID": "1000", "POSTGRES_USER": "carrel", "POSTGRES_DB": "carrel"}
+    given |= {"OBJECTS_PORT": "9000", "OBJECTS_BUCKET": "carrel"}
     return subprocess.run(
         ["/bin/sh", "-c", script, "prepare", *arguments],
         env={"PATH": "/usr/bin:/bin", **given, **environment},
@@ -160,12 +161,39 @@ def test_passwords_are_made_once(tmp_path: Path) -> None:
     assert address.read_text() == "postgresql://carrel:a-password-of-my-own@postgres:5432/carrel"
 
 
+@pytest.mark.requires("root")
+def test_keys_of_the_store_of_objects_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for _ in range(2):
+        assert _prepare(tmp_path, "objects").returncode == 0
+        made.append([(tmp_path / "secrets/objects" / name).read_text() for name in ("access-key", "secret-key")])
+    assert made[0] == made[1]
+    assert [len(key) for key in made[0]] == [20, 40]
+    told = (tmp_path / "secrets/app/objects.env").read_text().replace("/secrets/", "/secrets/app/")
+    for line in told.splitlines():
+        monkeypatch.setenv(*line.split("=", 1))
+    monkeypatch.setenv("CARREL_DATA", str(tmp_path))
+    objects = load_settings(config=ROOT / "deploy/compose/config.yaml").objects
+    assert (objects.kind, objects.endpoint, objects.bucket) == ("s3", "http://objects:9000", "carrel")
+    keys = (objects.access_key, objects.secret_key)
+    assert [key.get_secret_value() for key in keys if key is not None] == made[0]
+    for name in ("objects-access-key", "objects-secret-key"):
+        about = (tmp_path / "secrets/app" / name).stat()
+        assert (about.st_mode & 0o777, about.st_uid) == (0o600, 1000)
+    mine = {"OBJECTS_ACCESS_KEY": "a-key-of-my-own", "OBJECTS_SECRET_KEY": "a-secret-of-my-own"}
+    assert _prepare(tmp_path, "objects", **mine).returncode == 0
+    assert (tmp_path / "secrets/app/objects-secret-key").read_text() == "a-secret-of-my-own"
+
+
 @pytest.mark.parametrize(
     ("service", "variables", "words"),
     [
         ("postgres", {"POSTGRES_PASSWORD": "postgres"}, "POSTGRES_PASSWORD is a published default"),
         ("postgres", {"POSTGRES_PASSWORD": "short"}, "at least 16"),
         ("postgres", {"POSTGRES_PASSWORD": "with:colons@and/slashes"}, "letters, digits"),
+        ("objects", {"OBJECTS_ACCESS_KEY": "minioadmin"}, "OBJECTS_ACCESS_KEY is a published default"),
+        ("objects", {"OBJECTS_SECRET_KEY": "RustFSadmin"}, "OBJECTS_SECRET_KEY is a published default"),
+        ("objects", {"OBJECTS_SECRET_KEY": "twelve-bytes"}, "at least 16"),
         ("", {"CARREL_UID": "0"}, "never root"),
         ("", {"CARREL_UID": "me"}, "never root"),
         ("", {"CARREL_GID": "100"}, "1000 or more"),
@@ -180,6 +208,6 @@ def test_what_is_unsafe_is_refused(tmp_path: Path, service: str, variables: dict
 
 def test_the_start_script_tells_how_it_is_used() -> None:
     helped = subprocess.run([ROOT / "docker-start.sh", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--postgres", "--bind-mounts", "--build", "--stop", "--down"):
+    for option in ("--postgres", "--objects", "--bind-mounts", "--build", "--stop", "--down"):
         assert option in helped.stdout
     assert subprocess.run([ROOT / "docker-start.sh", "--no"], capture_output=True, check=False).returncode == 2

@@ -105,7 +105,22 @@ def _processor(facts: Facts) -> Line:
     return Line(Level.OK, "processor", "has AVX")
 
 
+def _engine(facts: Facts) -> Line:
+    name = "Docker engine"
+    if "docker" not in facts.runtimes:
+        return Line(Level.OK, name, "not used: sandboxes are processes")
+    if facts.engine is None:
+        remedy = "Start it, let this user reach its socket, or name another by docker.host (CARREL_DOCKER__HOST)."
+        return Line(Level.FAIL, name, facts.engine_error or "does not answer", remedy)
+    if not facts.image_there:
+        remedy = "Build it with scripts/build-images, or name another by docker.image (CARREL_DOCKER__IMAGE)."
+        return Line(Level.FAIL, name, f"{facts.engine} has no image {facts.image}", remedy)
+    return Line(Level.OK, name, f"{facts.engine}, with {facts.image}")
+
+
 def _bubblewrap(facts: Facts) -> Line:
+    if "local" not in facts.runtimes:
+        return Line(Level.OK, "bubblewrap", "not used: sandboxes are containers")
     if facts.isolation in (Isolation.CONTAINER, Isolation.NONE):
         return Line(Level.WARN, "bubblewrap", f"not used: isolation is {facts.isolation}", "Sessions see each other.")
     if facts.bubblewrap_error is not None:
@@ -116,6 +131,8 @@ def _bubblewrap(facts: Facts) -> Line:
 
 def _user_namespaces(facts: Facts) -> Line:
     name = "user namespaces"
+    if "local" not in facts.runtimes:
+        return Line(Level.OK, name, "not used: sandboxes are containers")
     if facts.user_namespaces_error is None:
         return Line(Level.OK, name, "allowed")
     if facts.bubblewrap_error is None:
@@ -172,6 +189,7 @@ _CHECKS: tuple[Callable[[Facts], Line], ...] = (
     _python,
     _cli,
     _processor,
+    _engine,
     _bubblewrap,
     _user_namespaces,
     _data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,12 @@ class Facts:
     cpu_flags: frozenset[str] | None
     """None where the processor does not tell, or is not an x86."""
     isolation: Isolation | None
+    runtimes: tuple[str, ...]
+    engine: str | None
+    """Which Docker engine answers; None where none does, or none is wanted."""
+    engine_error: str | None
+    image: str
+    image_there: bool
     bubblewrap: str | None
     bubblewrap_error: str | None
     user_namespaces_error: str | None
@@ -58,6 +66,8 @@ def gather(context: Context, config: Path | None = None) -> Facts:
     version, cli_error = _cli_version(cli) if cli is not None else (None, None)
     data_error, free = _folder(settings.data)
     server = context.url or running_server(settings.data)
+    runtimes = tuple(dict.fromkeys([settings.runtime, *settings.runtimes]))
+    engine, engine_error, image_there = asyncio.run(_engine(settings)) if "docker" in runtimes else (None, None, False)
     return Facts(
         python=sys.version_info[:3],
         cli_path=cli,
@@ -65,6 +75,11 @@ def gather(context: Context, config: Path | None = None) -> Facts:
         cli_error=cli_error,
         cpu_flags=cpu_flags(_read("/proc/cpuinfo")),
         isolation=settings.isolation,
+        runtimes=runtimes,
+        engine=engine,
+        engine_error=engine_error,
+        image=settings.docker.image,
+        image_there=image_there,
         bubblewrap=shutil.which("bwrap"),
         bubblewrap_error=_bubblewrap_error(),
         user_namespaces_error=namespaces_error(lambda name: _read(f"/proc/sys/{name}")),
@@ -137,6 +152,22 @@ def _cli_version(path: str) -> tuple[str | None, str | None]:
     if ran.returncode != 0:
         return None, f"exit code {ran.returncode} {ran.stderr.strip()[:200]}"
     return ran.stdout.strip(), None
+
+
+async def _engine(settings: Settings) -> tuple[str | None, str | None, bool]:
+    """Which engine answers, why none does, and whether the image of sandboxes is there."""
+    from carrel.runtimes.docker.engine import Engine, Refusal
+
+    host = settings.docker.host
+    engine = Engine(host, wait_seconds=0.0)
+    try:
+        async with AsyncExitStack() as stack:
+            await engine.start(stack)
+            await engine.wait()
+            version = (await engine.info()).get("ServerVersion")
+            return f"{version} at {host}", None, await engine.has_image(settings.docker.image)
+    except (CarrelError, Refusal) as error:
+        return None, f"{host}: {getattr(error, 'operator_detail', None) or error}", False
 
 
 def _bubblewrap_error() -> str | None:

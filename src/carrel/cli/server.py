@@ -416,10 +416,10 @@ def _say(settings: Settings, url: str, key: AdminKey | None, source: Any) -> Non
         log.warning("server.insecure", why="allow_insecure is set", auth=settings.auth, host=settings.host)
     if settings.auth == "none":
         log.warning("server.no_auth", why="auth is none: every local process can use this server")
-    if settings.isolation in (Isolation.NONE, Isolation.CONTAINER):
+    if settings.unwalled is not None:
         log.warning(
             "server.not_isolated",
-            isolation=settings.isolation,
+            isolation=settings.unwalled,
             why="sessions can see each other, and reach whatever this host can",
         )
     if settings.credentials == "direct":

@@ -574,7 +574,7 @@ class Settings(Group):
 
     @model_validator(mode="after")
     def _network_can_hold(self) -> Settings:
-        if self.network.mode == "allow" and self.isolation in (Isolation.NONE, Isolation.CONTAINER):
+        if self.network.mode == "allow" and self.unwalled is not None:
             raise ValueError(
                 f"network: allow cannot hold with isolation {self.isolation}, where agents reach all we do"
             )
@@ -584,7 +584,7 @@ class Settings(Group):
     def _bypasses_nothing(self) -> Settings:
         if (
             self.defaults.permission_mode is PermissionMode.BYPASS
-            and self.isolation is Isolation.NONE
+            and self.unwalled is Isolation.NONE
             and not self.allow_bypass_without_isolation
         ):
             raise UnsafeConfiguration(
@@ -612,6 +612,12 @@ class Settings(Group):
         return self
 
     @property
+    def unwalled(self) -> Isolation | None:
+        """The isolation that is none of agents who are processes beside us; None where every agent has a wall around it."""
+        no_wall = self.isolation in (Isolation.NONE, Isolation.CONTAINER)
+        return self.isolation if no_wall and "local" in (self.runtime, *self.runtimes) else None
+
+    @property
     def wants_keys(self) -> bool:
         """Whether everybody who calls must say who they are."""
         return self.auth != "none" and all(dialect.auth != "none" for dialect in self.dialects.values())
@@ -626,7 +632,7 @@ class Settings(Group):
                 f"{what} with network host would let an agent drive this server. {instead}, use network "
                 "gateway-only, or set allow_insecure: true."
             )
-        if self.isolation in (Isolation.NONE, Isolation.CONTAINER):
+        if self.unwalled is not None:
             raise UnsafeConfiguration(
                 f"{what} with isolation {self.isolation} would let an agent drive this server. {instead}, "
                 "isolate by bubblewrap, or set allow_insecure: true."

@@ -1,7 +1,7 @@
 """A server that speaks S3, for tests: rclone's, on loopback, over a folder.
 
 Before it stands a relay of ours, since rclone (1.75) answers 200 to a request for a range, where S3 answers 206 and
-clients insist on it. The relay changes that word and nothing else.
+clients insist on it. The relay changes that word and nothing else, and answers `/health` as such servers do.
 """
 
 from __future__ import annotations
@@ -30,18 +30,28 @@ def rclone_program() -> str | None:
 
 
 class S3Server:
-    """One server with one bucket; it can be stopped and started again at the same address."""
+    """One server; it can be stopped and started again at the same address."""
 
-    access_key = "a-key-of-this-test"
-    secret_key = "the-secret-of-this-test"
-    bucket = "carrel"
+    def __init__(
+        self,
+        program: str,
+        folder: Path,
+        *,
+        bucket: str = "carrel",
+        access_key: str = "a-key-of-this-test",
+        secret_key: str = "the-secret-of-this-test",
+        address: tuple[str, int] | None = None,
+    ) -> None:
+        """Prepare a server over a folder of its own, with one bucket, or with none where its name is empty.
 
-    def __init__(self, program: str, folder: Path) -> None:
-        """Prepare a server over a folder of its own."""
+        `address` is where it listens (host, port); default: a free port of loopback.
+        """
         self._program = program
         self.folder = folder
-        (folder / self.bucket).mkdir(parents=True, exist_ok=True)
-        self._port = _free_port()
+        self.bucket = bucket
+        self.access_key, self.secret_key = access_key, secret_key
+        (folder / bucket).mkdir(parents=True, exist_ok=True)
+        self._host, self._port = address or ("127.0.0.1", _free_port())
         self._behind = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._relay: http.server.ThreadingHTTPServer | None = None
@@ -71,7 +81,7 @@ class S3Server:
                     raise RuntimeError("rclone does not serve S3") from None
                 time.sleep(0.05)
         handler = type("Relay", (_Relay,), {"behind": self._behind})
-        self._relay = http.server.ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+        self._relay = http.server.ThreadingHTTPServer((self._host, self._port), handler)
         threading.Thread(target=self._relay.serve_forever, args=(0.05,), name="s3 relay", daemon=True).start()
 
     def stop(self) -> None:
@@ -100,6 +110,10 @@ class _Relay(http.server.BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         self.close_connection = True
+        if self.path == "/health":
+            self.send_response(200)
+            self.end_headers()
+            return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         behind = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)
         try:

@@ -20,6 +20,11 @@ WELL = Facts(
     cli_error=None,
     cpu_flags=frozenset({"avx", "sse"}),
     isolation=None,
+    runtimes=("local",),
+    engine=None,
+    engine_error=None,
+    image="carrel-sandbox:1",
+    image_there=False,
     bubblewrap="/usr/bin/bwrap",
     bubblewrap_error=None,
     user_namespaces_error=None,
@@ -34,6 +39,9 @@ WELL = Facts(
     server="http://127.0.0.1:8000",
     server_error=None,
 )
+
+
+DOCKER = {"runtimes": ("docker",), "engine": "28.0 at unix:///var/run/docker.sock", "image_there": True}
 
 
 def line(name: str, **changes: Any) -> Line:
@@ -53,6 +61,12 @@ def test_a_machine_that_has_everything() -> None:
         ("Claude Code", {"cli_error": "exit code -4"}, Level.FAIL, "processor"),
         ("processor", {"cpu_flags": frozenset({"sse"})}, Level.FAIL, "SIGILL"),
         ("processor", {"cpu_flags": None}, Level.OK, ""),
+        ("Docker engine", DOCKER | {"engine": None, "engine_error": "no such file"}, Level.FAIL, "Start it"),
+        ("Docker engine", DOCKER | {"image_there": False}, Level.FAIL, "scripts/build-images"),
+        ("Docker engine", DOCKER, Level.OK, ""),
+        ("bubblewrap", DOCKER | {"isolation": Isolation.CONTAINER}, Level.OK, ""),
+        ("user namespaces", DOCKER | {"user_namespaces_error": "Set it.", "bubblewrap_error": "x"}, Level.OK, ""),
+        ("bubblewrap", DOCKER | {"runtimes": ("docker", "local"), "isolation": Isolation.NONE}, Level.WARN, "see each"),
         ("bubblewrap", {"bubblewrap": None, "bubblewrap_error": "apt-get install"}, Level.FAIL, "apt-get install"),
         ("bubblewrap", {"isolation": Isolation.NONE, "bubblewrap_error": "x"}, Level.WARN, "see each other"),
         ("user namespaces", {"user_namespaces_error": "Set it."}, Level.OK, ""),
@@ -119,6 +133,18 @@ def test_facts_are_gathered_and_judged(
     assert lines["data folder"] == {"level": "ok", "name": "data folder", "found": str(data), "remedy": ""}
     assert lines["port"]["found"].endswith("is this data folder's server")
     assert lines["server"] == {"level": "ok", "name": "server", "found": f"{fake.url} answers", "remedy": ""}
+
+
+def test_an_engine_that_is_not_there(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CARREL_RUNTIME", "docker")
+    monkeypatch.setenv("CARREL_DOCKER__HOST", f"unix://{data}/none.sock")
+    assert run(["doctor", "--json"]) == 1
+    lines = {line["name"]: line for line in json.loads(capsys.readouterr().out)}
+    assert lines["Docker engine"]["level"] == "fail"
+    assert f"unix://{data}/none.sock" in lines["Docker engine"]["found"]
+    assert lines["bubblewrap"]["level"] == "ok"
 
 
 def test_a_failure_is_the_exit_code(

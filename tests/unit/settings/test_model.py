@@ -114,6 +114,13 @@ def test_what_is_unsafe_is_refused_unless_insisted_on(load, text, words):
     assert load(f"{text}\nallow_insecure: true").allow_insecure
 
 
+def test_where_every_agent_has_a_container_of_its_own_isolation_says_nothing(load):
+    open_dialect = "dialects: {sdk-server: {auth: none}}\nisolation: container\n"
+    assert load(f"{open_dialect}runtime: docker\nnetwork: {{allow: [example.com]}}").unwalled is None
+    with pytest.raises(UnsafeConfiguration):
+        load(f"{open_dialect}runtime: docker\nruntimes: [local]")
+
+
 def test_a_dialect_without_keys_on_loopback_is_fine(load):
     assert load("dialects: {sdk-server: {auth: none, port: 0}}").dialects["sdk-server"].auth == "none"
 
