@@ -146,6 +146,7 @@ class SessionSpec(Options):
     ask_expires_seconds: float | None = _applies(
         "launch",
         "What asks a person is denied after so long; 0: at once, nobody is there to ask. Default: it waits for ever.",
+        strict=True,
         ge=0,
         le=315_360_000,
     )

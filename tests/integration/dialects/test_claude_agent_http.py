@@ -278,7 +278,8 @@ async def test_16_defaults_are_the_old_service_s_and_the_operator_s_win(agent_ht
         "max_turns": 50,
         "ask_expires_seconds": 0.0,
     }
-    assert (made["ttl_seconds"], made["workspace"]) == (3600, {"type": "user", "subdir": None})
+    assert made["ttl_seconds"] == 3600
+    assert (made["workspace"]["type"], made["workspace"]["subdir"]) == ("user", None)
 
 
 async def test_16_every_default_of_the_operator_s_has_its_effect(agent_http, tmp_path):

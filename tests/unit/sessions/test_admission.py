@@ -7,8 +7,9 @@ import pytest
 
 from carrel import abc
 from carrel.errors import QueueFull, SessionLimitReached
-from carrel.model import Principal, SessionStatus, TurnStatus
+from carrel.model import Principal, SessionStatus, TurnStatus, new_id
 from carrel.protocol.spec import CreateSession, CreateTurn
+from carrel.sessions import steps
 from carrel.sessions.admission import fair_order
 from carrel.sessions.service import ServiceOptions
 
@@ -156,3 +157,23 @@ async def test_a_session_that_waits_for_a_place_can_be_cancelled_stopped_and_del
     assert len(host.alive) == 1, "nobody who waits has a process"
     await gateway.service.interrupt(ALICE, held.id)
     await gateway.run(cancelled.id, "hello")
+
+
+async def test_no_sandbox_is_launched_for_a_turn_that_was_cancelled_meanwhile(open_gateway):
+    """The owner reads the rows, and stores the sandbox in a transaction of its own."""
+    gateway = await open_gateway()
+    session = await gateway.create()
+    spec = abc.LaunchSpec(
+        sandbox_id=new_id(),
+        session_id=session.id,
+        session_number=session.number,
+        generation=session.generation + 1,
+        link_token="l",
+        agent_token="a",
+        workspace="/w",
+        home="/h",
+        owner=None,
+    )
+    stored = await gateway.store.write(lambda tx: steps.launching(tx, spec, "fake", gateway.admission))
+    assert stored is steps.Launching.OUTDATED
+    assert await gateway.store.read(lambda tx: tx.sandboxes.current(session.id)) is None

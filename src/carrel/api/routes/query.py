@@ -16,6 +16,8 @@ from carrel.errors import (
     BoundToSession,
     CarrelError,
     Draining,
+    EnvironmentForbids,
+    EnvironmentNotFound,
     Forbidden,
     OutOfMemory,
     SessionNotFound,
@@ -31,7 +33,9 @@ router = APIRouter(tags=["query"])
 @router.post(
     "/query",
     response_model=TurnResult,
-    responses=responses(Forbidden, BoundToSession, ValidationFailed, Draining, OutOfMemory)
+    responses=responses(
+        Forbidden, EnvironmentForbids, BoundToSession, EnvironmentNotFound, ValidationFailed, Draining, OutOfMemory
+    )
     | {
         200: {
             "description": "The result; or, with `Accept: text/event-stream`, the events and deltas.",
