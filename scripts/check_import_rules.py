@@ -12,7 +12,7 @@ The rule:
     `protocol` is what gateway, runner and clients say to each other: model, errors and pydantic alone.
     `abc` holds the contracts. It names concrete types for typing only, under `if TYPE_CHECKING:`.
     `budgets` is arithmetic over the contracts that several parts need: model, errors, protocol and abc alone.
-    The parts (store, buses, objects, channels, egress, runtimes, sessions, model_gateway, tools, auth, workspaces,
+    The parts (store, buses, objects, channels, egress, runtimes, sessions, model_gateway, mcp_gateway, tools, auth, workspaces,
     observability, socket_proxy)
     see contracts and never one another, save that sessions may import workspaces.
     `runner` and `client` live on the far side of a wire: protocol, model and errors alone.
@@ -46,6 +46,7 @@ PARTS = frozenset(
         "buses",
         "channels",
         "egress",
+        "mcp_gateway",
         "model_gateway",
         "observability",
         "objects",

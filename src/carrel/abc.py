@@ -110,6 +110,8 @@ class LaunchSpec:
     home: str
     owner: tuple[int, int] | None
     template: SandboxTemplate = field(default_factory=SandboxTemplate)
+    mcp: bool = False
+    """Whether the agent needs a road to MCP servers that the gateway answers for."""
 
 
 class Excess(StrEnum):

@@ -90,7 +90,9 @@
     │   ├── AgentFailed
     │   └── SpoolFull
     ├── EnvironmentProblem              (what is wrong with an environment; told in its status)
+    │   ├── McpServerForbidden
     │   ├── McpServerMissing
+    │   ├── McpServerRefused
     │   └── McpServerUnreachable
     ├── DemoFailed                      (ends `carrel demo`, with exit code 1)
     └── OperatorError                   (stops a command, with exit code 2)
@@ -562,6 +564,22 @@ class McpServerUnreachable(EnvironmentProblem):
 
     def __init__(self, server: str) -> None:
         super().__init__(f"Nothing answers at the address of the MCP server {server}.")
+
+
+class McpServerRefused(EnvironmentProblem):
+    """An MCP server refuses the credential that the gateway sends it."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(f"The MCP server {server} refuses the secret that is sent to it.")
+
+
+class McpServerForbidden(EnvironmentProblem):
+    """An MCP server stands at an address that the gateway does not connect to."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(
+            f"The MCP server {server} stands at an address that is not public; egress.private_networks can allow it."
+        )
 
 
 class SandboxLost(TurnFailure):

@@ -31,8 +31,9 @@ from carrel.cli.listening import listen, serve_link, serve_unix
 from carrel.cli.runtimes import choose_runtimes
 from carrel.cli.seen import Seen, build_edges, configure_logs
 from carrel.cli.storage import open_store
-from carrel.egress import Dialler, EgressLimits, EgressProxy, Judge, Ledger
+from carrel.egress import CheckedTransport, Dialler, EgressLimits, EgressProxy, Judge, Ledger
 from carrel.errors import InvalidSettings
+from carrel.mcp_gateway import McpGateway
 from carrel.model import Isolation, utc_now
 from carrel.model_gateway import credentials, scripted
 from carrel.model_gateway.app import ModelGateway
@@ -70,6 +71,7 @@ from carrel.workspaces.reserve import Reserve
 log = structlog.get_logger(__name__)
 
 _ANSWER_SECONDS = 3.0
+_MOST_MCP_CONNECTIONS = 1000
 _UPSTREAM_TIMEOUT = httpx.Timeout(600.0, connect=15.0, pool=60.0)
 
 
@@ -197,9 +199,14 @@ async def _build(
     await meter.settle_stale(utc_now())
     gateway = ModelGateway(store, meter, source, client)
     stack.push_async_callback(gateway.close)
-    await serve_unix(seen.model_requests(gateway.app()), folder.sandbox_side / "gateway.sock", stack, everyone=True)
+    secrets = Secrets(store, Keyring.of_text(_secret(settings.secrets_key) or ""))
+    await secrets.start()
+    dialler = Dialler(Judge(settings.egress.private_networks))
+    mcp = McpGateway(store, secrets.opened, await _checked_client(dialler, stack))
+    sandbox_side = gateway.app(beside=mcp.routes())
+    await serve_unix(seen.model_requests(sandbox_side), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     ledger = Ledger(store, seen.metrics.egress)
-    proxy = EgressProxy(store, Dialler(Judge(settings.egress.private_networks)), ledger, _egress_limits(settings))
+    proxy = EgressProxy(store, dialler, ledger, _egress_limits(settings))
     await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
@@ -216,8 +223,6 @@ async def _build(
         make_user_directories=settings.users.auto_create_dir,
     )
     allow_bypass = runtimes.isolated or settings.allow_bypass_without_isolation
-    secrets = Secrets(store, Keyring.of_text(_secret(settings.secrets_key) or ""))
-    await secrets.start()
     scheduler: Scheduler
     hub = Hub(store, live, lambda session_id: scheduler.poke(session_id), seen.observer)
     admission = Admission(
@@ -310,6 +315,8 @@ async def _build(
         scheduler,
         check_model=check_model,
         check_environment=lambda environment: fits(environment.spec),
+        check_secrets=secrets.opened,
+        check_server=mcp.problem,
         reachable=answers,
         mcp_servers=settings.mcp_servers,
     )
@@ -389,6 +396,13 @@ async def _upstream(settings: Settings, folder: DataFolder, stack: AsyncExitStac
             source = credentials.NotNeeded()
     stack.push_async_callback(client.aclose)
     return source, client
+
+
+async def _checked_client(dialler: Dialler, stack: AsyncExitStack) -> httpx.AsyncClient:
+    """A client for what is asked on behalf of sandboxes: it connects to public addresses, and what the operator adds."""
+    client = httpx.AsyncClient(transport=CheckedTransport(dialler, max_connections=_MOST_MCP_CONNECTIONS))
+    stack.push_async_callback(client.aclose)
+    return client
 
 
 async def answers(url: str) -> bool:

@@ -4,5 +4,6 @@ from carrel.egress.addresses import Judge
 from carrel.egress.dialling import Dialler
 from carrel.egress.ledger import Ledger
 from carrel.egress.proxy import EgressLimits, EgressProxy
+from carrel.egress.transport import CheckedTransport
 
-__all__ = ["Dialler", "EgressLimits", "EgressProxy", "Judge", "Ledger"]
+__all__ = ["CheckedTransport", "Dialler", "EgressLimits", "EgressProxy", "Judge", "Ledger"]

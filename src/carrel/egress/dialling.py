@@ -49,11 +49,11 @@ class Dialler:
         found = await loop.run_in_executor(self._threads, _getaddrinfo, host, port)
         return list(dict.fromkeys(found))
 
-    async def connect(self, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the name.
+    async def addresses(self, host: str, port: int) -> list[str]:
+        """The name's addresses that may be connected to, a few at most.
 
         Raises:
-            NotDialled: `unresolved`, `private_address`, or `unreachable`.
+            NotDialled: `unresolved`, or `private_address`: there is none, or none of them may be.
         """
         try:
             async with asyncio.timeout(_RESOLVE_SECONDS):
@@ -66,7 +66,15 @@ class Dialler:
         permitted = [each for each in found if "%" not in each and self._judge.permits(ip_address(each))]
         if not permitted:
             raise NotDialled("private_address")
-        for address in permitted[:_MOST_ADDRESSES]:
+        return permitted[:_MOST_ADDRESSES]
+
+    async def connect(self, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the name.
+
+        Raises:
+            NotDialled: `unresolved`, `private_address`, or `unreachable`.
+        """
+        for address in await self.addresses(host, port):
             try:
                 async with asyncio.timeout(_CONNECT_SECONDS):
                     return await _connect(address, port)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -77,9 +77,10 @@ class ModelGateway:
         self._client = client
         self._late: set[asyncio.Task[None]] = set()
 
-    def app(self) -> Starlette:
-        """The application that sandboxes talk to."""
+    def app(self, beside: Sequence[Route] = ()) -> Starlette:
+        """The application that sandboxes talk to. `beside`: what else they reach by it."""
         routes = [
+            *beside,
             Route("/v1/messages", self._messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
             Route("/v1/models", self._models, methods=["GET"]),

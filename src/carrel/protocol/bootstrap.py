@@ -24,11 +24,17 @@ EGRESS_PORT = 3128
 """Where programs in a sandbox find the road to the egress proxy, on its own loopback."""
 
 
-class EgressRoad(Frozen):
-    """The road from the sandbox's loopback to the gateway's egress proxy."""
+GATEWAY_PORT = 3129
+"""Where an agent finds the MCP servers that the gateway answers for, on its sandbox's own loopback."""
+GATEWAY_URL = "http://gateway"
+"""What the gateway is called where its address is not known yet: an agent is told another, or asks by a unix socket."""
 
-    socket: str = Field(description="The unix socket of the proxy, as the runner sees it.")
-    port: int = EGRESS_PORT
+
+class Road(Frozen):
+    """The road from a port of the sandbox's loopback to a unix socket of the gateway's."""
+
+    socket: str = Field(description="The unix socket, as the runner sees it.")
+    port: int = Field(default=EGRESS_PORT, description="0: any that is free, where the loopback is others' too.")
     entrance: str | None = Field(
         default=None,
         description="The folder with the pipes `wall` and `go` of a wall that waits for its port; None where the runner "
@@ -69,7 +75,8 @@ class Bootstrap(Frozen):
         "agent may have changed.",
     )
     subreaper: bool = Field(default=False, description="Adopt and end whatever the agent leaves behind.")
-    egress: EgressRoad | None = Field(default=None, description="None: nothing but the gateway is reached, or all is.")
+    egress: Road | None = Field(default=None, description="None: nothing but the gateway is reached, or all is.")
+    mcp: Road | None = Field(default=None, description="To the MCP servers that the gateway answers for, if there are.")
     reconnect_window_seconds: float = 300.0
     max_frame_bytes: int = 64 * 1024 * 1024
     outbox_memory_bytes: int = 64 * 1024 * 1024

@@ -37,6 +37,7 @@ DEFAULT_ENVIRONMENT: Final = "default"
 
 _ROLE = r"^(admin|user|user:[A-Za-z0-9_-]{1,64})$"
 _REFERENCE = re.compile(r"\$\{secret:([^}]*)\}")
+_SERVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HIDDEN = "[not shown]"
 
 
@@ -46,8 +47,8 @@ class SecretUse(Options):
     name: str = Field(pattern=SECRET_NAME, description="Which secret.")
     expose: Literal["gateway", "env"] = Field(
         default="gateway",
-        description="`gateway`: it stays outside, and goes into headers of MCP servers there. `env`: every agent of the "
-        "environment holds it, in a variable.",
+        description="`gateway`: it stays outside of sandboxes, where the gateway adds it to headers of MCP servers. `env`: "
+        "every agent of the environment holds it, in a variable.",
     )
     variable: EnvName | None = Field(default=None, description="With `env`: the variable; default: the secret's name.")
 
@@ -120,6 +121,11 @@ class EnvironmentSpec(Options):
         taken = {*self.sandbox.variables, *(self.options.env_vars or {})}
         if len(set(variables)) != len(variables) or taken & set(variables):
             raise ValueError("secrets: two things would stand in the same variable")
+        for name, server in self.gateway_servers.items():
+            if not _SERVER_NAME.fullmatch(name):
+                raise ValueError(f"options.mcp_servers.{name}: beside a secret, a name is letters, digits, _ and -")
+            if not server["url"].startswith(("http://", "https://")):
+                raise ValueError(f"options.mcp_servers.{name}: url begins with https:// or http://")
         for name, server in (self.options.mcp_servers or {}).items():
             rest = {key: value for key, value in server.items() if key != "headers"}
             if secrets_in(rest) or (secrets_in(server) and server.get("type") != "http"):
@@ -129,12 +135,28 @@ class EnvironmentSpec(Options):
             for secret in secrets_in(server):
                 if secret not in names:
                     raise ValueError(f"options.mcp_servers.{name}: the secret {secret} is not among secrets")
+        headers = secrets_in({name: server["headers"] for name, server in self.gateway_servers.items()})
+        for use in self.secrets:
+            if use.expose == "gateway" and use.name not in headers:
+                raise ValueError(
+                    f"secrets: {use.name} stands in no header of an MCP server; say expose: env to hand it to agents"
+                )
         if self.options.network is not None:
             raise ValueError("options.network: what sandboxes reach stands in sandbox.network")
         without_servers = self.options.model_dump(mode="json", exclude={"mcp_servers"}, exclude_none=True)
         if secrets_in(without_servers) or secrets_in(self.sandbox.variables):
             raise ValueError("a secret can stand in the headers of MCP servers of type http alone")
         return self
+
+    @property
+    def gateway_servers(self) -> dict[str, dict[str, Any]]:
+        """The MCP servers that agents reach by the gateway alone, because it adds secrets to their headers."""
+        servers = self.options.mcp_servers or {}
+        return {
+            name: server
+            for name, server in servers.items()
+            if server.get("type") == "http" and secrets_in(server.get("headers"))
+        }
 
     @property
     def digest(self) -> str:

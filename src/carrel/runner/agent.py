@@ -112,7 +112,8 @@ class Agent:
         self._place = Place(workspace=bootstrap.cwd, home=str(Path(bootstrap.config_dir).parent), cwd=bootstrap.cwd)
         self._disk = Disk((bootstrap.workspace, bootstrap.home), reserve_bytes=bootstrap.disk_reserve_bytes)
         self._transcripts = Transcripts(Path(bootstrap.home), bootstrap.cwd, bootstrap.owner)
-        self._relay = Relay(bootstrap.egress, bootstrap.agent_token) if bootstrap.egress is not None else None
+        roads = {"egress": bootstrap.egress, "mcp": bootstrap.mcp}
+        self._relay = Relay(bootstrap.agent_token, **roads) if any(roads.values()) else None
 
     # ------------------------------------------------------------------------------------------------ what it knows
 
@@ -160,9 +161,9 @@ class Agent:
         with warnings.catch_warnings():
             # Our callback only ever says no, so it does not matter what the mode lets through before it.
             warnings.simplefilter("ignore", sdk.CanUseToolShadowedWarning)
-            self._client = sdk.ClaudeSDKClient(self._options(bind, go_on=go_on))
             try:
                 opening = self._relay.open() if self._relay is not None else None
+                self._client = sdk.ClaudeSDKClient(self._options(bind, go_on=go_on))
                 await self._client.connect()
                 if opening is not None:
                     await opening
@@ -182,6 +183,7 @@ class Agent:
             env["ANTHROPIC_API_KEY"] = boot.agent_token
         if self._relay is not None:
             env |= self._relay.variables
+            spec = spec.model_copy(update={"mcp_servers": self._relay.servers(spec.mcp_servers or {})})
         if boot.late_env_path is None:
             env |= spec.env_vars or {}
         else:

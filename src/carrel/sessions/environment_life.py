@@ -9,7 +9,7 @@ from typing import Any
 from carrel import abc
 from carrel.errors import CarrelError, McpServerMissing, McpServerUnreachable
 from carrel.model import Failure, Principal
-from carrel.protocol.environments import Environment, EnvironmentStatus
+from carrel.protocol.environments import Environment, EnvironmentSpec, EnvironmentStatus
 from carrel.sessions.environments import open_environment
 from carrel.sessions.pool import Pool
 from carrel.sessions.runtimes import Runtimes
@@ -30,6 +30,8 @@ class EnvironmentLife:
         *,
         check_model: Callable[[], object],
         check_environment: Callable[[Environment], object],
+        check_secrets: Callable[[EnvironmentSpec], Awaitable[object]],
+        check_server: Callable[[EnvironmentSpec, str], Awaitable[CarrelError | None]],
         reachable: Callable[[str], Awaitable[bool]],
         mcp_servers: Mapping[str, Mapping[str, Any]],
     ) -> None:
@@ -42,6 +44,8 @@ class EnvironmentLife:
             scheduler: has sessions looked at.
             check_model: raises a CarrelError while no turn could reach the model.
             check_environment: raises a CarrelError for what this installation cannot give.
+            check_secrets: raises SecretMissing for a secret of the environment that cannot be had.
+            check_server: what is wrong with an MCP server that the gateway answers for.
             reachable: whether anything answers at this address.
             mcp_servers: those of every environment.
         """
@@ -51,6 +55,8 @@ class EnvironmentLife:
         self._scheduler = scheduler
         self._check_model = check_model
         self._check_environment = check_environment
+        self._check_secrets = check_secrets
+        self._check_server = check_server
         self._reachable = reachable
         self._mcp_servers = mcp_servers
 
@@ -111,11 +117,21 @@ class EnvironmentLife:
                 check()
             except CarrelError as error:
                 problems.append(_told(error))
+        try:
+            await self._check_secrets(environment.spec)
+        except CarrelError as error:
+            problems.append(_told(error))
         servers = dict(self._mcp_servers) | (environment.spec.options.mcp_servers or {})
         found = await asyncio.gather(*(self._server(environment, name, server) for name, server in servers.items()))
-        return [*problems, *(problem for problem in found if problem is not None)]
+        for problem in found:
+            if problem is not None and problem not in problems:
+                problems.append(problem)
+        return problems
 
     async def _server(self, environment: Environment, name: str, server: Mapping[str, Any]) -> Failure | None:
+        if name in environment.spec.gateway_servers:
+            problem = await self._check_server(environment.spec, name)
+            return None if problem is None else _told(problem)
         if server.get("type", "stdio") != "stdio":
             return None if await self._reachable(server["url"]) else _told(McpServerUnreachable(name))
         runtime = self._runtimes.named(environment.spec.runtime)

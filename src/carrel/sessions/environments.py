@@ -143,10 +143,6 @@ def check_environment(
     runtimes.named(spec.runtime).check(spec.sandbox)
     if spec.options.permission_mode is PermissionMode.BYPASS and not allow_bypass:
         raise ValidationFailed("options.permission_mode: bypassPermissions is refused where sandboxes are not isolated")
-    if any(use.expose == "gateway" for use in spec.secrets):
-        raise ValidationFailed(
-            "secrets: this release hands secrets to agents alone; say expose: env, or leave the secret out"
-        )
     network = spec.sandbox.network
     if network is not None and network.mode == "open" and not allow_open:
         raise ValidationFailed("sandbox.network: open would let an agent drive this server, which wants no key")

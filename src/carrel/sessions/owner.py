@@ -50,6 +50,7 @@ from carrel.model import (
     new_id,
     utc_now,
 )
+from carrel.protocol.bootstrap import GATEWAY_URL
 from carrel.protocol.environments import Environment, EnvironmentSpec
 from carrel.protocol.link import AgentFailed, Bind, Interrupt, SetModel, SetPermissionMode, Shutdown, StartTurn
 from carrel.protocol.spec import SessionSpec
@@ -298,6 +299,7 @@ class Owner:
             home=str(self._folders.home(session)),
             owner=self._folders.owner(session),
             template=template.model_copy(update={"network": self.network(session, template)}),
+            mcp=bool(environment.spec.gateway_servers),
         )
         stored = await self._store.write(lambda tx: steps.launching(tx, spec, runtime.name, self.admission))
         if stored is not steps.Launching.STORED:
@@ -432,7 +434,7 @@ class Owner:
         spec = SessionSpec.model_validate(session.spec)
         if environment is not None and environment.version > 0:
             # Without one, the defaults stand in the session's row, as they were when it was made.
-            spec = agents_options(environment.spec, spec, self._options.defaults)
+            spec = _by_gateway(agents_options(environment.spec, spec, self._options.defaults), environment.spec)
         if self._options.mcp_servers:
             servers = dict(self._options.mcp_servers) | (spec.mcp_servers or {})
             spec = spec.model_copy(update={"mcp_servers": servers})
@@ -670,6 +672,12 @@ def _gone(tx: abc.Transaction, sandbox: Sandbox) -> None:
 def _removed(tx: abc.Transaction, session_id: str) -> None:
     forget_files(tx, session_id)
     tx.sessions.remove(session_id)
+
+
+def _by_gateway(spec: SessionSpec, environment: EnvironmentSpec) -> SessionSpec:
+    """The same options, with the servers whose headers hold secrets where an agent finds them: at the gateway."""
+    theirs = {name: {"type": "http", "url": f"{GATEWAY_URL}/mcp/{name}"} for name in environment.gateway_servers}
+    return spec.model_copy(update={"mcp_servers": {**(spec.mcp_servers or {}), **theirs}}) if theirs else spec
 
 
 def _name_turn(turn: Turn | None) -> None:

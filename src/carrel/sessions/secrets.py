@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 import structlog
@@ -160,16 +160,29 @@ class Secrets:
             SecretMissing: one of them cannot be had.
         """
         uses = [use for use in spec.secrets if use.expose == "env"]
-        if not uses:
+        values = await self.opened(spec, [use.name for use in uses])
+        return {use.variable_name: values[use.name] for use in uses}
+
+    async def opened(self, spec: EnvironmentSpec, names: Collection[str] | None = None) -> dict[str, str]:
+        """The values of secrets that the environment declares, by their names; for whoever stands outside of sandboxes.
+
+        Args:
+            spec: the environment.
+            names: which of them; None: all.
+
+        Raises:
+            SecretMissing: one of them cannot be had.
+        """
+        wanted = [use.name for use in spec.secrets if names is None or use.name in names]
+        if not wanted:
             return {}
-        found = await self._store.read(lambda tx: {use.name: tx.secrets.get(use.name) for use in uses})
+        found = await self._store.read(lambda tx: {name: tx.secrets.get(name) for name in wanted})
         values = {}
-        for use in uses:
-            secret = found[use.name]
+        for name, secret in found.items():
             value = None if secret is None else self._keyring.open(secret)
             if value is None:
-                raise SecretMissing(operator_detail=f"the secret {use.name} is not set, or its key is not here")
-            values[use.variable_name] = value
+                raise SecretMissing(operator_detail=f"the secret {name} is not set, or its key is not here")
+            values[name] = value
         return values
 
 

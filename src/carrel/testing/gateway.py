@@ -13,8 +13,10 @@ from typing import Any
 
 from carrel import abc
 from carrel.buses import MemoryBus
+from carrel.errors import CarrelError
 from carrel.model import Principal, Session, SessionStatus, Turn
 from carrel.objects import MemoryPlace, Objects
+from carrel.protocol.environments import EnvironmentSpec
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
@@ -55,6 +57,10 @@ async def _nothing_answers(url: str) -> bool:
     return False
 
 
+async def _nothing_wrong(spec: EnvironmentSpec, server: str) -> CarrelError | None:
+    return None
+
+
 class FakeGateway:
     """`async with FakeGateway(host, folder) as gateway`. Another one over the same folder is the same one restarted."""
 
@@ -83,6 +89,7 @@ class FakeGateway:
         keys: Sequence[bytes] = (bytes(32),),
         pool: Recipes = Recipes(),
         reachable: Callable[[str], Awaitable[bool]] = _nothing_answers,
+        check_server: Callable[[EnvironmentSpec, str], Awaitable[CarrelError | None]] = _nothing_wrong,
     ) -> None:
         """Wire a gateway; nothing is started before it is entered.
 
@@ -104,6 +111,7 @@ class FakeGateway:
             vault: where files are kept; None: nowhere.
             pool: which warm pools there are.
             reachable: whether anything answers at an address.
+            check_server: what is wrong with an MCP server that the gateway answers for.
         """
         self.host = host
         self.principal = principal
@@ -191,6 +199,8 @@ class FakeGateway:
             self.scheduler,
             check_model=check_model,
             check_environment=lambda environment: None,
+            check_secrets=secrets.opened,
+            check_server=check_server,
             reachable=reachable,
             mcp_servers=owner_options.mcp_servers,
         )

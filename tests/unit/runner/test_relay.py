@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from carrel.protocol.bootstrap import EgressRoad
+from carrel.protocol.bootstrap import Road
 from carrel.runner.namespaces import listen_within
 from carrel.runner.relay import Relay
 
@@ -47,7 +47,7 @@ class Proxy:
 
 @pytest.fixture
 async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
-    made = Relay(EgressRoad(socket=str(tmp_path / "egress.sock"), port=free_port()), "cak-own")
+    made = Relay("cak-own", egress=Road(socket=str(tmp_path / "egress.sock"), port=free_port()))
     await made.open()
     yield made
     await made.close()
@@ -94,11 +94,45 @@ async def test_variables_in_both_spellings_and_the_model_past_them(relay: Relay)
     assert "cak-own" not in str(relay.variables)
 
 
+async def test_mcp_servers_of_the_gateway_have_a_port_of_their_own(tmp_path: Path) -> None:
+    """Nothing is said there before what the agent says, which names itself by a variable."""
+    relay = Relay("cak-own", mcp=Road(socket=str(tmp_path / "gateway.sock"), port=0))
+    theirs = {"type": "http", "url": "https://docs.example/mcp", "headers": {"A": "b"}}
+    given = {"shop": {"type": "http", "url": "http://gateway/mcp/shop"}, "docs": theirs, "here": {"command": "x"}}
+    await relay.open()
+    servers = relay.servers(given)
+    assert servers["docs"] == theirs
+    assert servers["here"] == {"command": "x"}
+    assert servers["shop"]["headers"] == {"Authorization": "Bearer ${CARREL_AGENT_TOKEN}"}
+    assert relay.variables == {"CARREL_AGENT_TOKEN": "cak-own"}
+    port = int(servers["shop"]["url"].removeprefix("http://127.0.0.1:").removesuffix("/mcp/shop"))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read())[::-1])
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "gateway.sock")
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"ab")
+    writer.write_eof()
+    assert await reader.read() == b"ba"
+    writer.close()
+    server.close()
+    await relay.close()
+
+
+async def test_without_a_road_servers_are_told_as_they_are() -> None:
+    relay = Relay("cak-own", egress=Road(socket=""))
+    given = {"mine": {"type": "http", "url": "http://gateway/mcp/shop"}}
+    assert relay.servers(given) == given
+    assert "CARREL_AGENT_TOKEN" not in relay.variables
+
+
 async def test_a_wall_is_let_go_whatever_becomes_of_its_port(tmp_path: Path) -> None:
     """The process that it names has ended already: there is no network to enter. Nobody may wait for ever."""
     for name in ("wall", "go"):
         os.mkfifo(tmp_path / name)
-    relay = Relay(EgressRoad(socket="", port=free_port(), entrance=str(tmp_path)), "cak-own")
+    relay = Relay("cak-own", egress=Road(socket="", port=free_port(), entrance=str(tmp_path)))
     opening = relay.open()
     told, go = os.open(tmp_path / "wall", os.O_WRONLY), os.open(tmp_path / "go", os.O_RDONLY)
     os.write(told, b'{\n  "child-pid": 4194304,')

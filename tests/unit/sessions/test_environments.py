@@ -308,6 +308,14 @@ def test_the_page_has_every_option_that_there_is() -> None:
     assert {*NARROWING, *FREE, "network"} == set(SessionSpec.model_fields), "a new option is free, or it has a rule"
 
 
+WITH_SECRET = {"type": "http", "url": "https://x.example/mcp", "headers": {"h": "${secret:A}"}}
+
+
+def test_a_secret_stands_in_a_header() -> None:
+    found = spec(secrets=[{"name": "A"}], options={"mcp_servers": {"s": WITH_SECRET, "t": {"command": "c"}}})
+    assert found.gateway_servers == {"s": WITH_SECRET}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -319,6 +327,10 @@ def test_the_page_has_every_option_that_there_is() -> None:
         {"options": {"mcp_servers": {"s": {"type": "http", "url": "u", "headers": {"h": "${secret:A}"}}}}},
         {"secrets": [{"name": "A"}], "options": {"mcp_servers": {"s": {"command": "c", "env": {"h": "${secret:A}"}}}}},
         {"secrets": [{"name": "A"}], "options": {"mcp_servers": {"s": {"type": "http", "url": "${secret:A}"}}}},
+        {"secrets": [{"name": "A"}]},
+        {"secrets": [{"name": "A"}], "options": {"mcp_servers": {"s/t": {**WITH_SECRET, "url": "https://x.example/"}}}},
+        {"secrets": [{"name": "A"}], "options": {"mcp_servers": {"s": {**WITH_SECRET, "url": "file:///etc/passwd"}}}},
+        {"secrets": [{"name": "A"}], "options": {"mcp_servers": {"s": {**WITH_SECRET, "type": "sse"}}}},
         {"secrets": [{"name": "A"}], "options": {"system_prompt": "${secret:A}"}},
         {"allowed_roles": ["somebody"]},
         {"options": {"network": "gateway-only"}},

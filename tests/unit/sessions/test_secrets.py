@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from carrel.errors import InvalidSettings, SecretInUse, SecretMissing, SecretNotFound, SecretsLocked, ValidationFailed
+from carrel.errors import InvalidSettings, SecretInUse, SecretMissing, SecretNotFound, SecretsLocked
 from carrel.model import ADMIN, Principal, SessionStatus
 from carrel.protocol.environments import EnvironmentSpec
 from carrel.sessions.secrets import Keyring, Secrets
@@ -102,10 +102,29 @@ async def test_a_row_that_was_changed_or_renamed_opens_nothing(gateway: FakeGate
         await gateway.secrets.exposed(EXPOSED)
 
 
-async def test_what_would_stay_outside_is_refused_while_nothing_puts_it_in(gateway: FakeGateway) -> None:
+async def test_a_server_that_needs_one_is_found_at_the_gateway(gateway: FakeGateway, host: FakeHost) -> None:
+    server = {"type": "http", "url": "https://shop.example/mcp", "headers": {"X-Key": "${secret:TOKEN}"}}
+    plain = {"type": "http", "url": "https://docs.example/mcp"}
+    given = {"secrets": [{"name": "TOKEN"}], "options": {"mcp_servers": {"shop": server, "docs": plain}}}
     await gateway.secrets.put(ADMIN, "TOKEN", VALUE)
-    with pytest.raises(ValidationFailed, match="expose"):
-        await gateway.environments.put(ADMIN, "build", EnvironmentSpec.model_validate({"secrets": [{"name": "TOKEN"}]}))
+    await gateway.environments.put(ADMIN, "shop", EnvironmentSpec.model_validate(given))
+    inside, outside = await gateway.create(environment="shop"), await gateway.create()
+    await gateway.run(inside.id, "hello")
+    await gateway.run(outside.id, "hello")
+    one, other = host.alive
+    assert one.bind is not None
+    assert one.bind.spec.mcp_servers == {"shop": {"type": "http", "url": "http://gateway/mcp/shop"}, "docs": plain}
+    assert not one.bind.spec.env_vars
+    assert (one.spec.mcp, other.spec.mcp) == (True, False)
+    assert VALUE not in repr((one.bind, one.spec, await gateway.log(inside.id)))
+
+
+async def test_status_tells_of_one_that_cannot_be_had(gateway: FakeGateway) -> None:
+    await gateway.secrets.put(ADMIN, "TOKEN", VALUE)
+    await gateway.environments.put(ADMIN, "build", EXPOSED)
+    assert (await gateway.life.status(ADMIN, "build")).problems == []
+    await gateway.store.write(lambda tx: tx.secrets.remove("TOKEN"))
+    assert [each.code for each in (await gateway.life.status(ADMIN, "build")).problems] == ["secret_missing"]
 
 
 async def test_exposed_secrets_are_said(gateway: FakeGateway, capfd: pytest.CaptureFixture[str]) -> None:

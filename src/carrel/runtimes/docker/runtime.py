@@ -16,7 +16,7 @@ import structlog
 
 from carrel import abc
 from carrel.errors import DiskFull, EngineUnavailable, InvalidSettings, RuntimeUnavailable, SandboxLaunchFailed
-from carrel.protocol.bootstrap import EGRESS_SOCKET, Bootstrap, EgressRoad
+from carrel.protocol.bootstrap import EGRESS_SOCKET, GATEWAY_PORT, Bootstrap, Road
 from carrel.runtimes import view
 from carrel.runtimes.docker import container
 from carrel.runtimes.docker.container import Bind, ContainerOptions
@@ -137,7 +137,7 @@ class DockerRuntime(abc.Runtime):
         platform = spec.template.platform or self._options.containers.platform
         await self._engine.create(name, wanted, platform=platform)
         yield state | {"created": True}
-        await self._engine.run(name, bootstrap.model_dump_json().encode() + b"\n")
+        await self._engine.run(name, _told(bootstrap))
         yield state | {"created": True, "started": True}
 
     def _prepare(self, spec: abc.LaunchSpec) -> tuple[dict[str, Any], Bootstrap]:
@@ -202,6 +202,7 @@ class DockerRuntime(abc.Runtime):
             direct=options.model_env is not None,
             places=_places(spec),
             egress=self._egress(spec),
+            mcp=Road(socket=view.GATEWAY_SOCKET, port=GATEWAY_PORT) if spec.mcp else None,
             reconnect_window_seconds=options.reconnect_window_seconds,
             max_frame_bytes=options.max_frame_bytes,
             outbox_memory_bytes=options.outbox_memory_bytes,
@@ -210,11 +211,11 @@ class DockerRuntime(abc.Runtime):
         )
         return wanted, bootstrap
 
-    def _egress(self, spec: abc.LaunchSpec) -> EgressRoad | None:
+    def _egress(self, spec: abc.LaunchSpec) -> Road | None:
         network = spec.template.network or self._options.containers.network
         if network.mode != "allow":
             return None
-        return EgressRoad(socket=f"{view.GATEWAY_FOLDER}/{EGRESS_SOCKET}")
+        return Road(socket=f"{view.GATEWAY_FOLDER}/{EGRESS_SOCKET}")
 
     # ------------------------------------------------------------------------------------------------ those that live
 
@@ -296,6 +297,11 @@ class DockerRuntime(abc.Runtime):
         for piece in await self._engine.logs(str(state["container"]), _LOG_LINES):
             for line in piece.splitlines():
                 yield line
+
+
+def _told(bootstrap: Bootstrap) -> bytes:
+    # Only what is not as usual: so an image of an earlier release understands it wherever it can give what is asked.
+    return bootstrap.model_dump_json(exclude_defaults=True).encode() + b"\n"
 
 
 def _places(spec: abc.LaunchSpec) -> dict[str, tuple[int, int]]:

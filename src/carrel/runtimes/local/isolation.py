@@ -12,7 +12,7 @@ from pathlib import Path
 
 from carrel.errors import IsolationUnavailable
 from carrel.model import GATEWAY_ONLY, Isolation, NetworkPolicy
-from carrel.protocol.bootstrap import EGRESS_SOCKET, EgressRoad, Mount
+from carrel.protocol.bootstrap import EGRESS_SOCKET, GATEWAY_PORT, Mount, Road
 from carrel.runtimes.local import seccomp
 from carrel.runtimes.view import GATEWAY_SOCKET, HOME, PLUGINS, WORKSPACE, environment
 
@@ -69,7 +69,8 @@ class Wrapped:
     mount_root: str | None
     plugins: list[str]
     """Where the agent sees them."""
-    egress: EgressRoad | None = None
+    egress: Road | None = None
+    mcp: Road | None = None
 
 
 def choose(asked: Isolation | None) -> Isolation:
@@ -99,10 +100,18 @@ def _probe_user() -> tuple[int, int] | None:
 
 
 def wrap(
-    isolation: Isolation, network: NetworkPolicy, place: Place, *, read_only: list[str], sandbox_id: str
+    isolation: Isolation,
+    network: NetworkPolicy,
+    place: Place,
+    *,
+    read_only: list[str],
+    sandbox_id: str,
+    mcp: bool = False,
 ) -> Wrapped:
     """Prepare the wall of one sandbox; writes what it needs into the sandbox's folder."""
     env = environment(sandbox_id)
+    # On a loopback that is the host's as well, others may have taken any port.
+    shared = Road(socket=str(place.gateway_folder / "gateway.sock"), port=0) if mcp else None
     if isolation is not Isolation.BUBBLEWRAP:
         env |= {"HOME": str(place.home), "ANTHROPIC_UNIX_SOCKET": str(place.gateway_folder / "gateway.sock")}
         return Wrapped(
@@ -114,6 +123,7 @@ def wrap(
             mounts=[],
             mount_root=None,
             plugins=[str(path) for path in place.plugins],
+            mcp=shared,
         )
     env |= {"HOME": HOME, "ANTHROPIC_UNIX_SOCKET": GATEWAY_SOCKET, "TMPDIR": "/tmp"}
     shown = {"workspace": place.workspace, "home": place.home, "gateway": place.gateway_folder, "claude": place.cli}
@@ -155,10 +165,14 @@ def wrap(
     for fd, (flag, path) in enumerate(files.items(), start=3):
         command += [flag, str(fd)]
         redirections.append(f"{fd}<{shlex.quote(str(path))}")
-    egress = None
-    if network.mode == "allow":
-        # It stops when its network is made, says who it is, and goes on when the runner has put a port into it.
-        egress = EgressRoad(socket=str(place.gateway_folder / EGRESS_SOCKET), entrance=str(place.folder))
+    egress, road = None, shared
+    if network.mode == "allow" or (mcp and network.mode != "open"):
+        # It stops when its network is made, says who it is, and goes on when the runner has put ports into it.
+        entrance = str(place.folder)
+        if network.mode == "allow":
+            egress = Road(socket=str(place.gateway_folder / EGRESS_SOCKET), entrance=entrance)
+        if shared is not None:
+            road = Road(socket=shared.socket, port=GATEWAY_PORT, entrance=entrance)
         pipes = (("--info-fd", "wall", ">"), ("--block-fd", "go", "<"))
         for fd, (flag, name, way) in enumerate(pipes, start=3 + len(files)):
             os.mkfifo(place.folder / name, 0o600)
@@ -178,6 +192,7 @@ def wrap(
         mount_root=root,
         plugins=[f"{PLUGINS}/{name.removeprefix('plugin-')}" for name in plugins],
         egress=egress,
+        mcp=road,
     )
 
 

@@ -133,6 +133,7 @@ class LocalRuntime(abc.Runtime):
             place,
             read_only=list(options.read_only_paths),
             sandbox_id=spec.sandbox_id,
+            mcp=spec.mcp,
         )
         cli_path = self._fence.enter(folder, wrapped.cli_path, own_user=spec.owner is not None)
         return Bootstrap(
@@ -157,6 +158,7 @@ class LocalRuntime(abc.Runtime):
             mounts=wrapped.mounts,
             mount_root=wrapped.mount_root,
             egress=wrapped.egress,
+            mcp=wrapped.mcp,
             subreaper=self._isolation is not Isolation.BUBBLEWRAP,
             reconnect_window_seconds=options.reconnect_window_seconds,
             max_frame_bytes=options.max_frame_bytes,
