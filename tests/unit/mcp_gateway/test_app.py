@@ -198,9 +198,7 @@ def _stays() -> Callable[[], Any]:
     said = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
     async def receive() -> Any:
-        for message in said:
-            return message
-        await asyncio.Event().wait()
+        return next(said, None) or await asyncio.Event().wait()
 
     return receive
 
