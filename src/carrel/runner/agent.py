@@ -288,7 +288,8 @@ class Agent:
     async def _make_it_stop(self, running: _Running) -> None:
         assert self._client is not None
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._client.interrupt(), _INTERRUPT_GRACE_SECONDS)
+            async with asyncio.timeout(_INTERRUPT_GRACE_SECONDS):
+                await self._client.interrupt()
         await asyncio.sleep(_INTERRUPT_GRACE_SECONDS)
         if self._running is running:
             log.warning("agent.deaf", turn=running.turn_id)

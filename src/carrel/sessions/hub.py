@@ -217,7 +217,8 @@ class Hub:
 
     async def _welcome(self, connection: LinkConnection) -> Link | None:
         try:
-            first = await asyncio.wait_for(connection.receive(), _HELLO_SECONDS)
+            async with asyncio.timeout(_HELLO_SECONDS):
+                first = await connection.receive()
             hello = RUNNER_FRAME.validate_json(first or b"")
         except (TimeoutError, ValidationError):
             log.warning("link.no_hello")

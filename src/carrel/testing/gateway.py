@@ -243,7 +243,8 @@ class FakeGateway:
     async def ended(self, turn: Turn) -> TurnResult:
         """Wait for the end of a turn."""
         waiting = self.service.wait_for_turn(self.principal, turn.session_id, turn.id, after=0)
-        return await asyncio.wait_for(waiting, _PATIENCE_SECONDS)
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            return await waiting
 
     async def session(self, session_id: str) -> Session:
         """The session as it is now."""

@@ -154,6 +154,16 @@ async def test_who_is_not_welcome_is_told_why(world: World, changes: dict[str, A
     assert len(world.hub) == 0
 
 
+@pytest.mark.parametrize("steps_of_the_loop", range(1, 8))
+async def test_a_gateway_that_ends_just_as_a_runner_says_hello_ends(world: World, steps_of_the_loop: int) -> None:
+    runner = await world.dial()
+    for _ in range(steps_of_the_loop):
+        await asyncio.sleep(0)
+    runner.task.cancel()
+    await asyncio.wait({runner.task}, timeout=10)
+    assert runner.task.cancelled()
+
+
 async def test_an_old_generation_is_refused_and_the_newer_one_is_not(world: World) -> None:
     await world.store.write(lambda tx: tx.sessions.update(world.session.id, generation=2))
     newer = new_sandbox(world.session, 2, SandboxStatus.LAUNCHING, link_token_hash=token_hash("newer"))

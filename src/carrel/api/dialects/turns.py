@@ -92,7 +92,8 @@ async def result_of(services: Services, sent: Sent) -> TurnResult:
     turn = sent.turn
     waiting = services.sessions.wait_for_turn(sent.principal, turn.session_id, turn.id, after=sent.before)
     try:
-        result = await asyncio.wait_for(waiting, _patience(sent))
+        async with asyncio.timeout(_patience(sent)):
+            result = await waiting
     except TimeoutError:
         await _end(services, sent)
         raise HTTPException(504, _timed_out(sent)) from None
@@ -118,7 +119,8 @@ async def pieces_of(services: Services, sent: Sent) -> AsyncGenerator[list[Piece
         while True:
             left = None if until is None else until - asyncio.get_running_loop().time()
             try:
-                batch = await asyncio.wait_for(anext(frames), left)
+                async with asyncio.timeout(left):
+                    batch = await anext(frames)
             except StopAsyncIteration:
                 return
             except TimeoutError:
@@ -213,6 +215,7 @@ async def _end(services: Services, sent: Sent) -> None:
         return
     waiting = services.sessions.wait_for_turn(sent.principal, turn.session_id, turn.id, after=sent.before)
     try:
-        await asyncio.wait_for(waiting, _INTERRUPT_SECONDS)
+        async with asyncio.timeout(_INTERRUPT_SECONDS):
+            await waiting
     except TimeoutError:
         return  # the runner ends an agent that does not listen; the client has waited for long enough

@@ -72,7 +72,8 @@ class Nursery:
         try:
             self._writer.write(bootstrap.model_dump_json().encode() + b"\n")
             await self._writer.drain()
-            return await asyncio.wait_for(answer, _ANSWER_SECONDS)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await answer
         except TimeoutError as error:
             raise SandboxLaunchFailed(operator_detail="the preloaded parent did not answer") from error
         except OSError as error:
