@@ -1,5 +1,7 @@
 """What a request is called in the audit log and in metrics: stable words, whatever its path holds."""
 
+import asyncio
+
 from carrel.api.dialects import DIALECTS, DialectAuth, DialectOptions, create_dialect, mount
 from carrel.api.operations import Operations
 
@@ -77,7 +79,8 @@ async def test_dialects_do_the_same_things_under_the_same_words(build, tmp_path)
     auth = DialectAuth("keys", called.services.authenticator.authenticate)
     for name in DIALECTS:
         options = DialectOptions(auth=auth, users_dir=tmp_path)
-        mount(called.app, name, create_dialect(name, called.services, options))
+        dialect = await asyncio.to_thread(create_dialect, name, called.services, options)
+        mount(called.app, name, dialect)
     found = {(op.method, op.template): op.action for op in operations if op.changes and op.dialect is not None}
     assert found == DIALECTS_CHANGES
     native = {op.action for op in operations if op.dialect is None}
