@@ -15,7 +15,8 @@ from typing import Any
 import structlog
 
 from carrel.errors import EngineCallRefused, InvalidSettings
-from carrel.socket_proxy.calls import Scope, checked_filters, find
+from carrel.protocol.engine_calls import Scope
+from carrel.socket_proxy.calls import checked_filters, find
 from carrel.socket_proxy.containers import checked_container
 from carrel.socket_proxy.folders import Bindable
 from carrel.socket_proxy.wire import HEAD_BYTES, Request, answer, head_of, read_request, relay, status_of

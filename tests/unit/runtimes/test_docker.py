@@ -1,5 +1,6 @@
 """What the engine is told to make, where our folders are on its host, and what its numbers mean."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from carrel.abc import Excess
 from carrel.errors import EngineUnavailable, InvalidSettings
 from carrel.model import HostFolder, NetworkPolicy, Resources, SandboxTemplate
-from carrel.runtimes.docker import CALLS, Caps, ContainerOptions, DockerRuntime, DockerRuntimeOptions, container
+from carrel.protocol.engine_calls import CALLS
+from carrel.runtimes.docker import Caps, ContainerOptions, DockerRuntime, DockerRuntimeOptions, container
 from carrel.runtimes.docker.container import Bind
 from carrel.runtimes.docker.host_paths import HostPaths, own_mounts
 from carrel.runtimes.docker.usage import ended_of, usage_of
@@ -172,7 +174,7 @@ async def test_without_an_engine_the_start_says_what_to_do(tmp_path: Path) -> No
 
 
 def test_the_calls_are_what_the_engine_s_client_makes() -> None:
-    """Whoever adds one adds it to the list, from which proxies before the engine's socket are made."""
+    """Whoever adds one adds it to the list, by which proxies before the engine's socket go."""
     source = Path(container.__file__).with_name("engine.py").read_text()
     made = {
         "version(": "/version",
@@ -191,3 +193,9 @@ def test_the_calls_are_what_the_engine_s_client_makes() -> None:
     assert {call.path for call in CALLS} == set(made.values())
     assert all(text in source for text in made)
     assert source.count("self._docker.") == 13, "a call that is new here stands in the list and in this test"
+
+
+def test_the_guide_has_all_the_calls_and_no_others() -> None:
+    page = Path(__file__).parents[3] / "docs/docker.md"
+    shown = re.findall(r"`((?:GET|POST|DELETE|PUT|HEAD) /[^` ]*)`", page.read_text())
+    assert sorted(shown) == sorted(f"{call.method} {call.path}" for call in CALLS)

@@ -12,6 +12,7 @@ import pytest
 
 from carrel.errors import EngineCallRefused, InvalidSettings
 from carrel.model import Resources, SandboxTemplate
+from carrel.protocol.engine_calls import CALLS, EngineCall
 from carrel.runtimes import docker as runtime
 from carrel.runtimes.docker import container as runtime_container
 from carrel.socket_proxy import Bindable, SocketProxy, SocketProxyOptions, checked_container
@@ -173,6 +174,9 @@ def test_what_is_told_twice_is_refused(bindable: Bindable) -> None:
     ("method", "path"),
     [
         ("POST", "/v1.41/containers/x/exec"),
+        ("POST", "/v1.41/containers/x/kill"),
+        ("POST", "/v1.41/containers/x/stop"),
+        ("GET", "/_ping"),
         ("POST", "/v1.41/exec/x/start"),
         ("POST", "/v1.41/containers/x/update"),
         ("PUT", "/v1.41/containers/x/archive"),
@@ -307,16 +311,16 @@ async def test_a_second_request_behind_the_first_is_not_passed_on(engine: _Engin
 
 
 async def test_a_call_goes_to_the_container_that_was_looked_at(engine: _Engine) -> None:
-    assert b"200 OK" in await _say(engine, b"POST /v1.41/containers/mine/kill HTTP/1.1\r\n\r\n")
-    assert engine.asked[-1].startswith(b"POST /v1.41/containers/f00d/kill HTTP/1.1\r\n")
+    assert b"200 OK" in await _say(engine, b"POST /v1.41/containers/mine/start HTTP/1.1\r\n\r\n")
+    assert engine.asked[-1].startswith(b"POST /v1.41/containers/f00d/start HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("name", ["theirs", "nobody"])
 async def test_somebody_elses_container_is_as_one_that_is_not_there(engine: _Engine, name: str) -> None:
-    answered = await _say(engine, f"POST /containers/{name}/kill HTTP/1.1\r\n\r\n".encode())
+    answered = await _say(engine, f"POST /containers/{name}/start HTTP/1.1\r\n\r\n".encode())
     assert answered.startswith(b"HTTP/1.1 404 Not Found")
     assert f"No such container: {name}".encode() in answered
-    assert all(b"kill" not in asked for asked in engine.asked)
+    assert all(b"start" not in asked for asked in engine.asked)
 
 
 async def test_a_refusal_says_why(engine: _Engine) -> None:
@@ -344,9 +348,10 @@ async def test_it_does_not_start_without_knowing_what_it_guards(tmp_path: Path) 
             await SocketProxy(options).start(stack)
 
 
-def test_all_that_the_runtime_asks_for_passes() -> None:
-    for asked in runtime.CALLS:
-        find(asked.method, "/v1.41" + asked.path.replace("{}", "box"), {})
+@pytest.mark.parametrize("asked", CALLS, ids=lambda asked: f"{asked.method} {asked.path}")
+def test_all_that_the_runtime_asks_for_passes(asked: EngineCall) -> None:
+    found, _, name = find(asked.method, "/v1.41" + asked.path.replace("{}", "box"), dict.fromkeys(asked.query, "1"))
+    assert (found, name) == (asked, "box" if "{}" in asked.path else "")
 
 
 def test_a_sandbox_of_the_runtime_passes(bindable: Bindable) -> None:

@@ -1,7 +1,6 @@
 """Sandboxes as containers of a Docker engine, or of whatever speaks its API."""
 
 from carrel.runtimes.docker.container import Caps, ContainerOptions
-from carrel.runtimes.docker.engine import CALLS, Call
 from carrel.runtimes.docker.runtime import DockerRuntime, DockerRuntimeOptions
 
-__all__ = ["CALLS", "Call", "Caps", "ContainerOptions", "DockerRuntime", "DockerRuntimeOptions"]
+__all__ = ["Caps", "ContainerOptions", "DockerRuntime", "DockerRuntimeOptions"]

@@ -1,4 +1,4 @@
-"""The calls we make of a Docker engine, all of them, and what its refusals mean."""
+"""The calls we make of a Docker engine, each in `protocol/engine_calls.py`, and what its refusals mean."""
 
 from __future__ import annotations
 
@@ -7,42 +7,18 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
 from carrel.errors import DiskFull, ImageMissing, InvalidSettings, RuntimeUnavailable, SandboxLaunchFailed
 
-__all__ = ["CALLS", "Call", "Engine", "Refusal"]
+__all__ = ["Engine", "Refusal"]
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-
-class Call(NamedTuple):
-    """A call of the Engine API; `{}` is one container's, or one image's, name or id."""
-
-    method: str
-    path: str
-    why: str
-
-
-CALLS = (
-    Call("GET", "/version", "the API's version; whether the engine is there"),
-    Call("GET", "/info", "which runtimes, storage driver and controllers it has"),
-    Call("GET", "/images/{}/json", "whether the image is there, said at start"),
-    Call("POST", "/containers/create", "a sandbox; named, labelled, see `container.py`"),
-    Call("POST", "/containers/{}/attach", "the road of the bootstrap into its runner: its standard input"),
-    Call("POST", "/containers/{}/start", "it"),
-    Call("GET", "/containers/json", "our containers by label: which are there, which run"),
-    Call("GET", "/containers/{}/json", "why it ended; and, of our own container, where its folders are on the host"),
-    Call("GET", "/containers/{}/stats", "what it takes"),
-    Call("GET", "/containers/{}/logs", "what its runner wrote"),
-    Call("DELETE", "/containers/{}", "its end, forced"),
-    Call("GET", "/events", "what happened to it from outside"),
-)
-"""Everything a proxy before the engine's socket has to let through."""
 
 _CALL_SECONDS = 60.0
 _AGAIN_SECONDS = 0.25
