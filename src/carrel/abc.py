@@ -119,6 +119,7 @@ class Excess(StrEnum):
 
     MEMORY = "memory"
     PROCESSES = "processes"
+    DISK = "disk"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,7 @@
     │   ├── PriceUnknown
     │   ├── SandboxOutOfMemory
     │   ├── SandboxOutOfProcesses
+    │   ├── SandboxOutOfDisk
     │   ├── DiskFull
     │   ├── AgentFailed
     │   └── SpoolFull
@@ -634,6 +635,10 @@ class SandboxOutOfMemory(TurnFailure):
 
 class SandboxOutOfProcesses(TurnFailure):
     """The session started more processes than one session may, so its sandbox was ended. The conversation and files up to there are kept."""
+
+
+class SandboxOutOfDisk(TurnFailure):
+    """The session's files take more room than one session may, so its sandbox was ended. They are kept, with the conversation; delete some, or have the agent do it, before more is written."""
 
 
 class DiskFull(TurnFailure):

@@ -373,7 +373,7 @@ class Resources(Frozen):
     memory_mb: int | None = Field(default=None, ge=128, description="Mebibytes of memory; there is no swap beside it.")
     processes: int | None = Field(default=None, ge=16, description="Processes, their threads included.")
     cpus: float | None = Field(default=None, gt=0, le=1024, description="Processor cores.")
-    disk_mb: int | None = Field(default=None, ge=16, description="Mebibytes that it may write, where that can be held.")
+    disk_mb: int | None = Field(default=None, ge=16, description="Mebibytes that its workspace and home may take.")
 
 
 class HostFolder(Frozen):

@@ -45,6 +45,7 @@ from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
+from carrel.sessions.disk import DiskWatch
 from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments, check_environment
 from carrel.sessions.guard import Guard
@@ -293,7 +294,8 @@ async def _build(
 
     workspaces = NamedWorkspaces(store, folders, run_blocking=asyncio.to_thread)
     await workspaces.finish_deletions()
-    guard = Guard(store, runtimes, hub, owner, scheduler)
+    disk = DiskWatch(store, folders, default_mb=settings.limits.sandbox_disk_mb, run_blocking=asyncio.to_thread)
+    guard = Guard(store, runtimes, hub, owner, scheduler, disk=disk)
 
     async def ready() -> dict[str, Any]:
         await store.read(lambda tx: tx.sessions.get(""))

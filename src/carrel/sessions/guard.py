@@ -15,6 +15,7 @@ from carrel.errors import OutOfMemory
 from carrel.model import Failure, Sandbox, SandboxStatus, Session
 from carrel.sessions import steps
 from carrel.sessions.admission import Admission
+from carrel.sessions.disk import DiskWatch
 from carrel.sessions.hub import Hub
 from carrel.sessions.owner import Owner, excess_failure
 from carrel.sessions.runtimes import Runtimes
@@ -48,8 +49,18 @@ class Looked:
 class Guard:
     """Holds sandboxes to what they may take."""
 
-    def __init__(self, store: abc.Store, runtimes: Runtimes, hub: Hub, owner: Owner, scheduler: Scheduler) -> None:
-        """Make the guard; it looks at nothing before `start` or `look`."""
+    def __init__(
+        self,
+        store: abc.Store,
+        runtimes: Runtimes,
+        hub: Hub,
+        owner: Owner,
+        scheduler: Scheduler,
+        *,
+        disk: DiskWatch | None = None,
+    ) -> None:
+        """Make the guard; it looks at nothing before `start` or `look`. `disk`: None, where disks are not looked at."""
+        self._disk = disk
         self._store = store
         self._runtimes = runtimes
         self._hub = hub
@@ -63,6 +74,8 @@ class Guard:
         """Look, each second from now on."""
         task = asyncio.create_task(self._repeat(), name="guard")
         exit_stack.callback(task.cancel)
+        disks = asyncio.create_task(self._repeat_at_disks(), name="guard-disks")
+        exit_stack.callback(disks.cancel)
         for runtime in self._runtimes:
             watching = asyncio.create_task(runtime.watch(self._heard), name=f"watch {runtime.name}")
             exit_stack.callback(watching.cancel)
@@ -89,7 +102,7 @@ class Guard:
         for sandbox in sandboxes:
             found = usage.get(sandbox.id)
             if found is not None and found.excess is not None and sandbox.status is not SandboxStatus.ENDING:
-                self._end(sandbox, found, found.excess)
+                self._end(sandbox, found.excess, str(found))
             elif sandbox.id in told:
                 self._scheduler.poke(sandbox.session_id)
         if memory.limit_bytes is not None:
@@ -97,16 +110,19 @@ class Guard:
             if over >= 0:
                 await self._free([each for each in sandboxes if each.id in usage], usage, over)
 
-    def _end(self, sandbox: Sandbox, usage: abc.SandboxUsage, excess: abc.Excess) -> None:
-        log.warning(
-            "sandbox.excess",
-            session=sandbox.session_id,
-            sandbox=sandbox.id,
-            of=excess,
-            memory_mb=usage.memory_bytes >> 20,
-            processes=usage.processes,
-        )
-        self._hub.fail(sandbox.id, excess_failure(excess), str(usage))
+    async def look_at_disks(self) -> None:
+        """Look once at what sandboxes have written, and end those that have written too much."""
+        if self._disk is None:
+            return
+        sandboxes = await self._store.read(lambda tx: list(tx.sandboxes.not_gone()))
+        over = await self._disk.over(each for each in sandboxes if each.status is not SandboxStatus.ENDING)
+        for sandbox in sandboxes:
+            if sandbox.id in over:
+                self._end(sandbox, abc.Excess.DISK, f"{over[sandbox.id]} bytes")
+
+    def _end(self, sandbox: Sandbox, excess: abc.Excess, takes: str) -> None:
+        log.warning("sandbox.excess", session=sandbox.session_id, sandbox=sandbox.id, of=excess, takes=takes)
+        self._hub.fail(sandbox.id, excess_failure(excess), takes)
         self._scheduler.poke(sandbox.session_id)
 
     async def _free(self, sandboxes: list[Sandbox], usage: Mapping[str, abc.SandboxUsage], over_bytes: int) -> None:
@@ -139,6 +155,15 @@ class Guard:
                 await self.look()
             except Exception:
                 # The store may be away for a while; whoever runs wild meanwhile is still there at the next look.
+                log.exception("guard.failed")
+
+    async def _repeat_at_disks(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            try:
+                await self.look_at_disks()
+            except Exception:
+                # The store may be away for a while, as above.
                 log.exception("guard.failed")
 
 

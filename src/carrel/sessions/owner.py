@@ -27,6 +27,7 @@ from carrel.errors import (
     RuntimeUnavailable,
     SandboxLaunchFailed,
     SandboxLost,
+    SandboxOutOfDisk,
     SandboxOutOfMemory,
     SandboxOutOfProcesses,
     TurnFailure,
@@ -72,6 +73,7 @@ _FETCH_AGAIN_SECONDS = 2.0
 _EXCESS: dict[abc.Excess, type[TurnFailure]] = {
     abc.Excess.MEMORY: SandboxOutOfMemory,
     abc.Excess.PROCESSES: SandboxOutOfProcesses,
+    abc.Excess.DISK: SandboxOutOfDisk,
 }
 
 

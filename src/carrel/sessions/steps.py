@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Any
 
 from carrel import abc
-from carrel.errors import DiskFull, SandboxLost, SandboxOutOfMemory, SandboxOutOfProcesses
+from carrel.errors import DiskFull, SandboxLost, SandboxOutOfDisk, SandboxOutOfMemory, SandboxOutOfProcesses
 from carrel.model import (
     Failure,
     Interaction,
@@ -35,7 +35,7 @@ from carrel.sessions.admission import Admission
 from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import token_hash
 
-_STRIKE_AGAIN = frozenset({SandboxOutOfMemory.code, SandboxOutOfProcesses.code, DiskFull.code})
+_STRIKE_AGAIN = frozenset({SandboxOutOfMemory.code, SandboxOutOfProcesses.code, SandboxOutOfDisk.code, DiskFull.code})
 """Whoever took such a turn up again would do the same again."""
 
 

@@ -132,6 +132,9 @@ class Limits(Group):
     sandbox_memory_mb: int | None = Field(default=4096, ge=256, description="One sandbox; above it, it is ended.")
     sandbox_processes: int | None = Field(default=512, ge=16, description="Processes and threads of one sandbox.")
     sandbox_cpus: float | None = Field(default=None, gt=0, description="CPUs that one sandbox may use.")
+    sandbox_disk_mb: int | None = Field(
+        default=None, ge=16, description="Mebibytes that one session's workspace and home may take; above, it is ended."
+    )
     sandbox_caps: Literal["auto", "cgroup", "watchdog"] = Field(
         default="auto", description="What holds a sandbox to these: control groups, or a look each second, or the best."
     )

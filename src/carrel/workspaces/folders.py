@@ -145,6 +145,10 @@ class Folders:
         """How many bytes the files of its workspace take."""
         return self.files(session).size()
 
+    def taken(self, session: Session) -> int:
+        """How many bytes the files of its workspace and of its agent's home take. Raises where one is not there."""
+        return self._files(session).size() + WorkspaceFiles(self.home(session)).size()
+
     def copy(self, source: Session, target: Session) -> None:
         """Copy a session's workspace, as it is now, to a session that has none yet. What outlives them is shared."""
         if target.workspace.type == "ephemeral":

@@ -30,7 +30,11 @@ def takes(runner: FakeRunner, mib: int, excess: abc.Excess | None = None) -> Non
 
 @pytest.mark.parametrize(
     ("excess", "code"),
-    [(abc.Excess.MEMORY, "sandbox_out_of_memory"), (abc.Excess.PROCESSES, "sandbox_out_of_processes")],
+    [
+        (abc.Excess.MEMORY, "sandbox_out_of_memory"),
+        (abc.Excess.PROCESSES, "sandbox_out_of_processes"),
+        (abc.Excess.DISK, "sandbox_out_of_disk"),
+    ],
 )
 @pytest.mark.parametrize("on_sandbox_lost", ["fail", "continue"])
 async def test_the_one_that_runs_wild_is_ended_alone(

@@ -108,6 +108,7 @@ EFFECTS: dict[str, str] = {
     "limits.disk_reserve_mb": "integration/test_full_disk.py::test_the_one_that_fills_the_disk_fails_and_the_rest_goes_on",
     "limits.sandbox_memory_mb": _CAPS + "test_a_tool_that_eats_memory",
     "limits.sandbox_processes": _CAPS + "test_a_fork_bomb",
+    "limits.sandbox_disk_mb": "integration/test_disk_cap.py::test_one_that_writes_too_much_is_ended_and_may_make_room",
     "limits.sandbox_cpus": _CAPS + "test_cpus_are_capped",
     "limits.sandbox_caps": _CAPS + "test_a_tool_that_eats_memory",
     "database.path": _EFFECTS + "test_data_and_the_databases_path",

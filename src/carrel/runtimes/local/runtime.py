@@ -81,7 +81,9 @@ class LocalRuntime(abc.Runtime):
     def check(self, template: SandboxTemplate) -> None:
         """Refuse what only containers have."""
         of_containers = {"image", "platform", "oci_runtime", "mounts", "resources"}
-        given = [name for name in sorted(of_containers) if getattr(template, name) != getattr(_PLAIN, name)]
+        # How much is written is no matter of the runtime's: the gateway itself looks at the files.
+        held = template.model_copy(update={"resources": template.resources.model_copy(update={"disk_mb": None})})
+        given = [name for name in sorted(of_containers) if getattr(held, name) != getattr(_PLAIN, name)]
         if given:
             raise ValidationFailed(
                 f"sandbox.{given[0]}: the runtime local has none; leave it out, or name a runtime of containers"
