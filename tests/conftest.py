@@ -25,6 +25,7 @@ import pytest
 import structlog
 
 from carrel import __version__
+from carrel.testing.docker import DockerEngine
 from carrel.testing.postgres import PostgresServer, postgres_programs
 from carrel.testing.s3 import S3Server, rclone_program
 
@@ -165,6 +166,19 @@ def s3_server(tmp_path: Path) -> Iterator[S3Server]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def docker_engine() -> Iterator[DockerEngine]:
+    """A Docker engine of this test alone, which it may stop and kill: the machine's own is everybody's."""
+    for part in ("docker", "images", "root"):
+        _require(part)
+    engine = DockerEngine()
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.remove()
 
 
 @pytest.fixture

@@ -144,13 +144,18 @@ class Engine:
 
         Raises:
             SandboxLaunchFailed: it cannot be started.
+            RuntimeUnavailable: the engine went away; the container has not had a byte of it.
         """
         container = self._docker.containers.container(name)
         stream = container.attach(stdin=True)
         try:
             await self._ask(stream._init())  # before the start: what it reads first is there when it reads
             await self._ask(container.start())
-            await self._ask(stream.write_in(told))
+            try:
+                await self._ask(stream.write_in(told))
+            except RuntimeUnavailable as error:
+                # It may have come or not: who waits for its runner finds out.
+                log.warning("docker.bootstrap_in_doubt", container=name, detail=error.operator_detail)
         except Refusal as error:
             raise error.told() from error
         finally:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ _ALIVE = frozenset({"running", "paused", "restarting"})
 _ASKED_AT_ONCE = 8
 _LOG_LINES = 1000
 _LISTEN_AGAIN_SECONDS = 1.0
+_LAUNCH_AGAIN_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,6 @@ class DockerRuntime(abc.Runtime):
         self._labels = container.labels_of(options.installation)
         # Which met their cap of memory and go on: an engine says so once, and not when it is asked.
         self._out_of_memory: set[str] = set()
-        self._warned_of_disk = False
 
     async def start(self, exit_stack: AsyncExitStack) -> None:
         """Check that the engine answers, and say what of the wall it cannot build."""
@@ -135,9 +136,24 @@ class DockerRuntime(abc.Runtime):
         except InvalidSettings as error:
             raise SandboxLaunchFailed(operator_detail=error.message) from error
         platform = spec.template.platform or self._options.containers.platform
-        await self._engine.create(name, wanted, platform=platform)
-        yield state | {"created": True}
-        await self._engine.run(name, _told(bootstrap))
+        told = _told(bootstrap)
+        deadline = None
+        while True:
+            try:
+                if deadline is not None:
+                    await self._engine.wait()
+                    await self._engine.remove(name)
+                await self._engine.create(name, wanted, platform=platform)
+                yield state | {"created": True}
+                await self._engine.run(name, told)
+                break
+            except RuntimeUnavailable as error:
+                # An engine that ends answers until it does. What was begun has no bootstrap yet, so that it can be redone.
+                deadline = deadline or time.monotonic() + self._options.wait_seconds
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("docker.launch_again", sandbox=spec.sandbox_id, detail=error.operator_detail)
+                await asyncio.sleep(_LAUNCH_AGAIN_SECONDS)
         yield state | {"created": True, "started": True}
 
     def _prepare(self, spec: abc.LaunchSpec) -> tuple[dict[str, Any], Bootstrap]:
@@ -146,11 +162,6 @@ class DockerRuntime(abc.Runtime):
         user = spec.owner or (os.geteuid(), os.getegid())
         if user[0] == 0:
             raise SandboxLaunchFailed(operator_detail="an agent is never root, and this session has no user of its own")
-        if spec.template.resources.disk_mb is not None and not self._warned_of_disk:
-            self._warned_of_disk = True
-            log.warning(
-                "docker.disk_not_capped", why="a sandbox writes to its workspace and home, which are bind mounts"
-            )
         folder = options.folder / spec.sandbox_id
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / "passwd").write_text(
