@@ -29,12 +29,19 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.mark.parametrize("full", ["data/sessions", "data"])
+@pytest.mark.parametrize(
+    ("full", "runtime"),
+    [
+        ("data/sessions", "local"),
+        ("data", "local"),
+        pytest.param("data/sessions", "docker", marks=pytest.mark.requires("docker", "images")),
+    ],
+)
 async def test_the_one_that_fills_the_disk_fails_and_the_rest_goes_on(
-    small_disk: Callable[[str], Path], start: Any, full: str
+    small_disk: Callable[[str], Path], start: Any, full: str, runtime: str
 ) -> None:
     disk = small_disk(full)
-    api = await start()
+    api = await start(runtime=runtime)
     wild, neighbour, late = await api.session(), await api.session(), await api.session()
     for session in (wild, neighbour):
         await api.run(session, "hello")

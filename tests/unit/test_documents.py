@@ -35,3 +35,13 @@ def test_every_guide_is_in_the_table_of_contents() -> None:
     listed = {path for path, _ in links(docs / "README.md")}
     guides = {page for page in docs.rglob("*.md") if "adr" not in page.parts} - {docs / "README.md"}
     assert guides - listed == set()
+
+
+def test_every_failure_names_a_test_that_is_there() -> None:
+    rows = [line for line in (ROOT / "docs/failures.md").read_text().splitlines() if line.startswith("|")]
+    named = [re.search(r"`([\w/]+\.py)::(\w+)` \|$", row) for row in rows if "---" not in row and "| test |" not in row]
+    assert len(named) > 15
+    for found in named:
+        assert found is not None, "a row without its test"
+        file = ROOT / "tests" / found[1]
+        assert re.search(rf"^(async )?def {found[2]}\(", file.read_text(), re.MULTILINE), found[0]
