@@ -24,7 +24,7 @@ import psutil
 from benchmarks.wire import Address, Connection, Frame
 from carrel import __version__
 from carrel.cli.runtimes import bundled_cli
-from carrel.model import Isolation, Network
+from carrel.model import Isolation, NetworkPolicy
 from carrel.runtimes.local import isolation
 
 Json = dict[str, Any]
@@ -220,7 +220,7 @@ def _agent_env(folder: Path, model_url: str) -> dict[str, str]:
     place = isolation.Place(
         folder=folder, workspace=workspace, home=home, gateway_folder=folder, cli=bundled_cli(), owner=None
     )
-    wrapped = isolation.wrap(Isolation.NONE, Network.HOST, place, read_only=[], sandbox_id="bench")
+    wrapped = isolation.wrap(Isolation.NONE, NetworkPolicy(mode="open"), place, read_only=[], sandbox_id="bench")
     env = {
         name: value for name, value in wrapped.env.items() if name not in ("ANTHROPIC_UNIX_SOCKET", "CARREL_SANDBOX")
     }

@@ -198,8 +198,9 @@ def slope(samples: list[tuple[float, float]], *, after_seconds: float) -> float:
 
 async def soak(minutes: float) -> Json:
     """Count, work, count; answers what was found."""
-    work, samples = Work(), []
-    settings = {
+    work = Work()
+    samples: list[tuple[float, float]] = []
+    settings: dict[str, Any] = {
         "idle_timeout_seconds": IDLE_SECONDS,
         "limits": {"max_concurrent_turns": TURNS_AT_ONCE, "memory_mb": MEMORY_MB, "memory_wait_seconds": 120},
     }
