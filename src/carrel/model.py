@@ -439,6 +439,7 @@ class SnapshotReason(StrEnum):
     RELEASE = "release"
     FORK = "fork"
     ASKED = "asked"
+    UPLOAD = "upload"
 
 
 class Snapshot(Frozen):

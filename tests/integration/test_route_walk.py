@@ -72,6 +72,7 @@ BODIES: dict[str, Any] = {
     "PATCH /sessions/{session_id}": {"title": "stolen"},
     "POST /sessions/{session_id}/turns": {"prompt": "Hello"},
     "PUT /sessions/{session_id}/files/{path}": b"stolen",
+    "PUT /sessions/{session_id}/archive": b"stolen",
     "POST /sessions/{session_id}/artifacts": {"path": "a.txt"},
     "POST /sessions/{session_id}/rewind": {"seq": 100},
     "PATCH /workspaces/{workspace_id}": {"quota_mb": 1},

@@ -13,6 +13,7 @@ from carrel.api import problems
 from carrel.api.authentication import KeyFirst
 from carrel.api.dependencies import Services
 from carrel.api.routes import (
+    archives,
     artifacts,
     audit,
     diff,
@@ -66,6 +67,7 @@ def create_app(services: Services) -> FastAPI:
         events.router,
         messages.router,
         files.router,
+        archives.router,
         network.router,
         snapshots.router,
         diff.router,

@@ -15,6 +15,7 @@ from carrel.api.edges import Edges
 from carrel.auth import Authenticator
 from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
+from carrel.sessions.archives import Archives
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.environment_life import EnvironmentLife
@@ -39,6 +40,7 @@ class Services:
     environments: Environments
     snapshots: Snapshots
     artifacts: Artifacts
+    archives: Archives
     diffs: Diffs
     secrets: Secrets
     life: EnvironmentLife

@@ -24,6 +24,7 @@ _NAMES = {
 _STANDS_FOR = {
     "query": "session",
     "event": "session",
+    "archive": "session",
     "network": "session",
     "request": "route",
     "environment_version": "environment",

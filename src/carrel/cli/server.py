@@ -43,6 +43,7 @@ from carrel.protocol.bootstrap import EGRESS_SOCKET
 from carrel.protocol.environments import EnvironmentSpec
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
+from carrel.sessions.archives import ArchiveBounds, Archives
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.disk import DiskWatch
@@ -331,6 +332,14 @@ async def _build(
         snapshots=Snapshots(store, keeper, scheduler),
         artifacts=Artifacts(
             store, kept.objects, keeper, run_blocking=asyncio.to_thread, max_bytes=settings.max_file_bytes
+        ),
+        archives=Archives(
+            store,
+            keeper,
+            folders,
+            workspaces,
+            run_blocking=asyncio.to_thread,
+            bounds=ArchiveBounds(upload_bytes=settings.max_file_bytes, unpacked_bytes=settings.max_archive_bytes),
         ),
         diffs=Diffs(store, kept.vault, folders, run_blocking=asyncio.to_thread),
         environments=Environments(store, check=fits),

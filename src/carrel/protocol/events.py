@@ -114,6 +114,15 @@ class WorkspaceQuotaExceeded(EventData):
     quota_mb: int
 
 
+@_event("workspace.unpacked")
+class WorkspaceUnpacked(EventData):
+    """An archive from outside was unpacked into the workspace."""
+
+    path: str = Field(description="The folder in the workspace; empty: the workspace itself.")
+    members: int = Field(description="How many files, folders and links it held.")
+    bytes: int = Field(description="What its files hold.")
+
+
 # ----------------------------------------------------------------------------------------------------------- a turn
 
 

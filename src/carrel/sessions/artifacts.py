@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from carrel import abc
 from carrel.errors import ArtifactNotFound, FileTooLarge, SessionNotFound
 from carrel.model import Artifact, Principal, Session, new_id, utc_now
-from carrel.sessions.keeper import Keeper, objects_of_session
+from carrel.sessions.keeper import Keeper
+from carrel.sessions.kept import objects_of_session
 from carrel.workspaces.files import WorkspaceFiles
 
 __all__ = ["Artifacts"]

@@ -12,28 +12,37 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from carrel import abc
-from carrel.errors import CarrelError, SnapshotMissing, StoreUnavailable, Unavailable
+from carrel.errors import CarrelError, SnapshotMissing, StoreUnavailable, TurnAtWork, Unavailable
 from carrel.killpoints import reached
-from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_id, utc_now
+from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_id
 from carrel.protocol import events
 from carrel.protocol.events import StoredEvent
 from carrel.sessions import steps, transitions
-from carrel.sessions.workspaces import objects_of_workspace
+from carrel.sessions.kept import (
+    Saved,
+    begin_filling,
+    kept_of,
+    newest_of,
+    no_longer_due,
+    objects_of_files,
+    snapshot_of,
+    tell,
+)
 from carrel.workspaces.folders import Folders
 
-__all__ = ["Keeper", "Saved", "Vault", "forget_files", "objects_of_session"]
+__all__ = ["Keeper", "Vault"]
 
 log = structlog.get_logger(__name__)
 
 RELEASE = SnapshotReason.RELEASE.value
 FORK = SnapshotReason.FORK.value
+UPLOAD = SnapshotReason.UPLOAD.value
 
 _AT_ONCE = 2
 _HOLD_SECONDS = 2.0
@@ -41,17 +50,6 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _SWEEP_SECONDS = 30.0
 _BATCH = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """What was kept."""
-
-    size_bytes: int
-    """What the files take."""
-    stored_bytes: int
-    """What the object takes."""
-    files: int
 
 
 class Vault(Protocol):
@@ -99,6 +97,7 @@ class Keeper:
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._work: dict[str, asyncio.Task[None]] = {}
         self._reading: dict[str, float] = {}
+        self._filling: set[str] = set()
         self._told: set[str] = set()
         self._locks: dict[str, _Lock] = defaultdict(_Lock)
         self._doomed = asyncio.Event()
@@ -132,7 +131,9 @@ class Keeper:
                 self.wake(event.session_id)
 
     def holds(self, session_id: str) -> bool:
-        """Whether the files are being read at this moment, so that the next turn should wait: for a while, no more."""
+        """Whether the next turn should wait: while the files are brought in, or read, the latter for a while and no more."""
+        if session_id in self._filling:
+            return True
         since = self._reading.get(session_id)
         return since is not None and time.monotonic() - since < _HOLD_SECONDS
 
@@ -204,7 +205,7 @@ class Keeper:
         due = session.snapshot_due
         await self._hold_to_quota(session, due)
         if self._vault is None or session.workspace.type == "user":
-            await self._store.write(lambda tx: _done(tx, session_id, due))
+            await self._store.write(lambda tx: no_longer_due(tx, session_id, due))
             return True
         with contextlib.suppress(SnapshotMissing):  # they come back before the next turn
             await self.take(session, due)
@@ -219,14 +220,14 @@ class Keeper:
         """
         if self._vault is None:
             raise Unavailable("This server keeps no snapshots.")
-        busy, newest = await self._store.read(lambda tx: (tx.turns.live(session.id), _newest(tx, session)))
-        key = f"{_objects_of_files(session)}snapshots/{new_id()}"
+        busy, newest = await self._store.read(lambda tx: (tx.turns.live(session.id), newest_of(tx, session)))
+        key = f"{objects_of_files(session)}snapshots/{new_id()}"
         since = newest.key if newest is not None else None
         try:
             async with self.changing(session):
                 if not await self._run_blocking(self._folders.there, session):
                     # Nothing would take the place of what was kept before.
-                    await self._store.write(lambda tx: _done(tx, session.id, due))
+                    await self._store.write(lambda tx: no_longer_due(tx, session.id, due))
                     raise SnapshotMissing("The files of the session are not there.")
                 saved = await self._vault.save(session, key, since=since)
         finally:
@@ -238,12 +239,12 @@ class Keeper:
                 tx.doomed.add(key)
                 raise _Gone
             exact = busy is None and tx.turns.live(session.id) is None and now.snapshot_due in (due, None)
-            snapshot = _snapshot(tx, now, due, key, saved, newest, exact=exact)
+            snapshot = snapshot_of(tx, now, due, key, saved, newest, exact=exact)
             if saved is None and newest is not None and due == RELEASE:
                 snapshot = newest  # nothing has changed, and nobody will ask for this one
             else:
                 tx.snapshots.add(snapshot)
-            _done(tx, session.id, due)
+            no_longer_due(tx, session.id, due)
             gone = self._prune(tx.snapshots.of_files(session_id=session.id, workspace_id=session.workspace_id))
             for unused in tx.snapshots.remove([each for each in gone if each != snapshot.id]):
                 tx.doomed.add(unused)
@@ -300,6 +301,28 @@ class Keeper:
             if not lock.users:
                 del self._locks[key]
 
+    @contextlib.asynccontextmanager
+    async def filling(self, session: Session) -> AsyncIterator[None]:
+        """The session's files are there, no turn of it begins meanwhile, and they are kept afterwards.
+
+        Raises:
+            TurnAtWork: a turn waits or is at work in its files, or somebody else is filling them.
+            Unavailable: as `ensure`.
+        """
+        if session.id in self._filling:
+            raise TurnAtWork("Files are being brought into this session already; wait until that is done.")
+        self._filling.add(session.id)
+        try:
+            # In one that writes: a turn that is being started at this moment is seen, or sees that it has to wait.
+            await self._store.write(lambda tx: begin_filling(tx, session.id, UPLOAD))
+            async with self.changing(session):
+                await self._ensure(session)
+                yield
+        finally:
+            self._filling.discard(session.id)
+            self.wake(session.id)
+            self._poke(session.id)
+
     async def ensure(self, session: Session) -> None:
         """Have the session's files there: where the folder is gone, the last snapshot is put in its place.
 
@@ -308,17 +331,19 @@ class Keeper:
         Raises:
             Unavailable: the object store is away; nothing has changed, and it can be tried again.
         """
+        async with self.changing(session):
+            await self._ensure(session)
+
+    async def _ensure(self, session: Session) -> None:
         if session.workspace.type == "user":
             return
-        async with self.changing(session):
-            if session.restoring is not None:
-                await self._run_blocking(self._folders.adopt, session)
-            if await self._run_blocking(self._folders.there, session):
-                return
+        if session.restoring is not None:
+            await self._run_blocking(self._folders.adopt, session)
+        if not await self._run_blocking(self._folders.there, session):
             await self._bring_back(session)
 
     async def _bring_back(self, session: Session) -> None:
-        kept = await self._store.read(lambda tx: list(_kept(tx, session)))
+        kept = await self._store.read(lambda tx: list(kept_of(tx, session)))
         if not kept and session.generation == 0:
             return
         tried: set[str] = set()
@@ -338,12 +363,12 @@ class Keeper:
                 snapshot_id=snapshot.id, reason="lost", taken_at=snapshot.created_at, seq=snapshot.seq
             )
             log.warning("workspace.restored", session=session.id, snapshot=snapshot.id)
-            await self._store.write(lambda tx, told=told: _tell(tx, session.id, told))  # type: ignore[misc]
+            await self._store.write(lambda tx, told=told: tell(tx, session.id, told))  # type: ignore[misc]
             return
         why = "No snapshot of it could be read." if kept else "No snapshot of it was kept."
         log.error("workspace.lost", session=session.id, why=why)
         await self._run_blocking(self._folders.make, session)
-        await self._store.write(lambda tx: _tell(tx, session.id, events.WorkspaceLost(message=why)))
+        await self._store.write(lambda tx: tell(tx, session.id, events.WorkspaceLost(message=why)))
 
     async def stage(self, session: Session, snapshot: Snapshot) -> None:
         """Put a snapshot beside the session's folder, ready to take its place."""
@@ -407,89 +432,3 @@ class _Lock:
 
 class _Gone(Exception):
     """The session was deleted meanwhile."""
-
-
-# --------------------------------------------------------------------------------------------------- the transactions
-
-
-def objects_of_session(session_id: str) -> str:
-    """What the keys of all objects begin with that go with the session."""
-    return f"sessions/{session_id}/"
-
-
-def forget_files(tx: abc.Transaction, session_id: str) -> None:
-    """The session goes: so do its snapshots and artifacts, but for the newest of a workspace that stays."""
-    gone = []
-    for snapshot in tx.snapshots.of_files(session_id=session_id):
-        if snapshot.workspace_id is not None:
-            newest = tx.snapshots.of_files(workspace_id=snapshot.workspace_id)[0]
-            if newest.id == snapshot.id:
-                continue
-        gone.append(snapshot.id)
-    for key in tx.snapshots.remove(gone):
-        tx.doomed.add(key)
-    tx.doomed.add(objects_of_session(session_id))
-
-
-def _objects_of_files(session: Session) -> str:
-    if session.workspace_id is not None:
-        return objects_of_workspace(session.workspace_id)
-    return objects_of_session(session.id)
-
-
-def _kept(tx: abc.Transaction, session: Session) -> Sequence[Snapshot]:
-    """Every snapshot of the session's files, newest first."""
-    if session.workspace_id is not None:
-        return tx.snapshots.of_files(workspace_id=session.workspace_id)
-    return tx.snapshots.of_files(session_id=session.id)
-
-
-def _newest(tx: abc.Transaction, session: Session) -> Snapshot | None:
-    return next(iter(_kept(tx, session)), None)
-
-
-def _snapshot(
-    tx: abc.Transaction,
-    session: Session,
-    due: str,
-    key: str,
-    saved: Saved | None,
-    newest: Snapshot | None,
-    *,
-    exact: bool,
-) -> Snapshot:
-    if saved is None and newest is not None:
-        key = newest.key
-        saved = Saved(size_bytes=newest.size_bytes, stored_bytes=newest.stored_bytes, files=newest.files)
-    if saved is None:
-        raise CarrelError("Nothing was kept.")
-    turn = due if due not in set(SnapshotReason) else None
-    ended = tx.events.completed(session.id, turn_id=turn) if turn is not None else None
-    return Snapshot(
-        id=new_id(),
-        session_id=session.id,
-        workspace_id=session.workspace_id,
-        number=time.time_ns() // 1000,
-        reason=SnapshotReason.TURN if turn is not None else SnapshotReason(due),
-        turn_id=turn,
-        seq=ended[1] if ended is not None else session.last_seq,
-        exact=exact,
-        key=key,
-        size_bytes=saved.size_bytes,
-        stored_bytes=saved.stored_bytes,
-        files=saved.files,
-        created_at=utc_now(),
-    )
-
-
-def _done(tx: abc.Transaction, session_id: str, due: str) -> None:
-    session = tx.sessions.get(session_id)
-    if session is not None and session.snapshot_due == due:
-        tx.sessions.update(session_id, snapshot_due=None)
-
-
-def _tell(tx: abc.Transaction, session_id: str, said: events.EventData) -> None:
-    session = tx.sessions.get(session_id)
-    if session is not None:
-        live = tx.turns.live(session_id)
-        transitions.emit(tx, session_id, said, turn_id=live.id if live is not None else None)

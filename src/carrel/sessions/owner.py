@@ -59,7 +59,8 @@ from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import Hub, Link
-from carrel.sessions.keeper import RELEASE, Keeper, forget_files
+from carrel.sessions.keeper import RELEASE, Keeper
+from carrel.sessions.kept import forget_files
 from carrel.sessions.memory import Memory
 from carrel.sessions.narrowing import agents_options
 from carrel.sessions.runtimes import Runtimes

@@ -458,6 +458,9 @@ class Settings(Group):
     max_queued_turns: int = Field(default=100, ge=1, description="Turns that may wait in one session.")
     max_frame_bytes: int = Field(default=64 * 2**20, ge=2**20, description="The largest message of an agent's.")
     max_file_bytes: int = Field(default=2**30, ge=1, description="The largest file that can be uploaded.")
+    max_archive_bytes: int = Field(
+        default=4 * 2**30, ge=1, description="The most that an archive may hold, unpacked, that is uploaded or fetched."
+    )
     outbox_memory_bytes: int = Field(default=64 * 2**20, ge=1, description="What a runner keeps unstored in memory.")
     outbox_disk_bytes: int = Field(default=2**30, ge=0, description="And after that on disk.")
     stream_buffer_bytes: int = Field(default=4 * 2**20, ge=1, description="What waits for a viewer that is slow.")

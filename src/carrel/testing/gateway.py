@@ -21,6 +21,7 @@ from carrel.protocol.events import StoredEvent
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
+from carrel.sessions.archives import ArchiveBounds, Archives
 from carrel.sessions.artifacts import Artifacts
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.environment_life import EnvironmentLife
@@ -205,6 +206,14 @@ class FakeGateway:
             mcp_servers=owner_options.mcp_servers,
         )
         self.workspaces = NamedWorkspaces(self.store, self.folders, run_blocking=asyncio.to_thread)
+        self.archives = Archives(
+            self.store,
+            self.keeper,
+            self.folders,
+            self.workspaces,
+            run_blocking=asyncio.to_thread,
+            bounds=ArchiveBounds(upload_bytes=2**20, unpacked_bytes=2**20),
+        )
         self.reconciler = Reconciler(self.store, self.runtimes, self.scheduler)
         self.guard = Guard(self.store, self.runtimes, self.hub, self.owner, self.scheduler)
         self._stack = AsyncExitStack()

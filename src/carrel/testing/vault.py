@@ -9,7 +9,7 @@ from pathlib import Path
 
 from carrel.errors import CarrelError, Unavailable
 from carrel.model import Session
-from carrel.sessions.keeper import Saved
+from carrel.sessions.kept import Saved
 from carrel.workspaces.files import WorkspaceFiles
 from carrel.workspaces.folders import Folders
 

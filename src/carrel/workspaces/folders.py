@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from carrel.errors import FileNotFound, WorkspaceMissing
 from carrel.model import Session
@@ -140,6 +142,12 @@ class Folders:
                 place.rename(replaced)
             staged.rename(place)
         _remove(replaced)
+
+    def spool(self, session: Session) -> BinaryIO:
+        """A file without a name on the same disk, out of every agent's reach; it goes when it is closed."""
+        private = self._root / session.id
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=private)
 
     def size(self, session: Session) -> int:
         """How many bytes the files of its workspace take."""

@@ -69,6 +69,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 environments=gateway.environments,
                 snapshots=gateway.snapshots,
                 artifacts=gateway.artifacts,
+                archives=gateway.archives,
                 diffs=gateway.diffs,
                 secrets=gateway.secrets,
                 life=gateway.life,

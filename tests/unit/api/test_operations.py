@@ -17,6 +17,7 @@ CHANGES = {
     ("POST", "/api/v1/sessions/{session_id}/turns/{turn_id}/cancel"): "turn.cancel",
     ("PUT", "/api/v1/sessions/{session_id}/files/{path:path}"): "file.write",
     ("DELETE", "/api/v1/sessions/{session_id}/files/{path:path}"): "file.delete",
+    ("PUT", "/api/v1/sessions/{session_id}/archive"): "archive.upload",
     ("POST", "/api/v1/query"): "query.run",
 }
 

@@ -75,6 +75,7 @@ EFFECTS: dict[str, str] = {
     "max_queued_turns": _EFFECTS + "test_max_queued_turns",
     "max_frame_bytes": _EFFECTS + "test_what_a_runner_is_told",
     "max_file_bytes": "integration/test_api.py::test_a_file_that_is_too_large_is_refused_and_leaves_nothing",
+    "max_archive_bytes": "integration/test_archives.py::test_what_may_not_be_unpacked_is_refused_and_nothing_comes_out_of_the_workspace",
     "outbox_memory_bytes": _EFFECTS + "test_what_a_runner_is_told",
     "outbox_disk_bytes": _EFFECTS + "test_what_a_runner_is_told",
     "stream_buffer_bytes": "integration/test_load.py::"
