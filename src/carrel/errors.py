@@ -48,6 +48,7 @@
     │   ├── TurnRewound                 409
     │   ├── SnapshotMissing             409
     │   ├── NotARepository              409
+    │   ├── CloneFailed                 409
     │   ├── FilesShared                 409
     │   ├── EnvironmentInUse            409
     │   ├── EnvironmentStopped          409
@@ -379,6 +380,30 @@ class SnapshotMissing(Conflict):
 
 class NotARepository(Conflict):
     """The workspace is not a git repository."""
+
+
+class CloneFailed(Conflict):
+    """The repository of the session's workspace could not be cloned."""
+
+    _WHY: ClassVar[dict[str, str]] = {
+        "unresolved": "the name of its host is not known",
+        "unreachable": "its host does not answer",
+        "private_address": "its host has a private address, which the operator has not allowed",
+        "forbidden": "this server does not clone from there",
+        "authentication": "its host wants another credential, or has none such repository",
+        "not_found": "there is none at this address",
+        "ref_not_found": "it has no such branch, tag or commit",
+        "redirected": "it is elsewhere; name the address that its host leads to",
+        "too_large": "it is larger than this server clones",
+        "timeout": "it took too long",
+        "git_missing": "git is not installed on this server",
+        "failed": "git could not read it",
+    }
+
+    def __init__(self, reason: str, *, operator_detail: str | None = None) -> None:
+        """Make the error; `reason` is a stable word of those above."""
+        why = f"The repository could not be cloned: {self._WHY[reason]}."
+        super().__init__(why, reason=reason, operator_detail=operator_detail)
 
 
 class FilesShared(Conflict):

@@ -233,6 +233,14 @@ WORKSPACE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What the name of a persistent workspace looks like."""
 
 
+SECRET_NAME = r"^[A-Za-z_][A-Za-z0-9_-]{0,127}$"
+"""What the name of a secret looks like."""
+REPOSITORY = r"^(https?://[A-Za-z0-9._-]{1,253}(:[0-9]{1,5})?|file://)(/[A-Za-z0-9._~+%@-]+)+/?$"
+"""What the address of a git repository looks like: without names, passwords, queries."""
+GIT_REF = r"^[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,199}$"
+"""What a branch, a tag or a commit looks like."""
+
+
 class WorkspaceMode(StrEnum):
     """How many sessions work in a persistent workspace at once: one, while the others wait, or any number."""
 
@@ -243,10 +251,11 @@ class WorkspaceMode(StrEnum):
 class Workspace(Frozen):
     """Where a session's files live."""
 
-    type: Literal["ephemeral", "user", "persistent"] = Field(
+    type: Literal["ephemeral", "user", "persistent", "git"] = Field(
         default="ephemeral",
         description="`ephemeral`: deleted with the session. `user`: a directory of its user's, which outlives it. "
-        "`persistent`: a workspace with a name, which outlives it and can be opened again.",
+        "`persistent`: a workspace with a name, which outlives it and can be opened again. `git`: as `ephemeral`, and "
+        "begun with a clone of a repository.",
     )
     subdir: str | None = Field(
         default=None, max_length=200, description="Of type `user`: a directory below the user's own; without it, that."
@@ -254,6 +263,36 @@ class Workspace(Frozen):
     name: str | None = Field(
         default=None, pattern=WORKSPACE_NAME, description="Of type `persistent`: which one; made where there is none."
     )
+
+    repo: str | None = Field(
+        default=None, max_length=2000, pattern=REPOSITORY, description="Of type `git`: the repository's https address."
+    )
+    ref: str | None = Field(
+        default=None, pattern=GIT_REF, description="Its branch, tag or commit; default: the branch it names itself."
+    )
+    depth: int | None = Field(
+        default=None, strict=True, ge=1, le=1_000_000, description="How many commits back; default: all of them."
+    )
+    credential: str | None = Field(
+        default=None,
+        pattern=SECRET_NAME,
+        description="A secret of the session's environment that opens it: `USER:PASSWORD`, or a token alone.",
+    )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the files are the session's alone, and go with it."""
+        return self.type in ("ephemeral", "git")
+
+    @model_validator(mode="after")
+    def _repo_of_git(self) -> Workspace:
+        if (self.repo is not None) != (self.type == "git"):
+            raise ValueError("a workspace of type git has a repo, and no other has one")
+        if self.repo is None and (self.ref, self.depth, self.credential) != (None, None, None):
+            raise ValueError("ref, depth and credential belong to a workspace of type git")
+        if ".." in (self.ref or ""):
+            raise ValueError("ref must be a branch, a tag or a commit")
+        return self
 
     @model_validator(mode="after")
     def _name_of_persistent(self) -> Workspace:

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 
 from carrel import abc
 from carrel.cli.objects import objects_of
+from carrel.egress import Dialler, Judge, NotDialled
+from carrel.errors import CloneFailed
 from carrel.model import Snapshot
+from carrel.sessions.cloning import Cloner, CloneRules
 from carrel.sessions.keeper import Keeper
+from carrel.sessions.secrets import Secrets
 from carrel.sessions.vault import SnapshotVault
 from carrel.settings import Settings
 from carrel.workspaces import Folders
+from carrel.workspaces.clones import CloneBounds
 from carrel.workspaces.snapshots import Snapshots
 
 __all__ = ["KeptFiles"]
@@ -35,6 +40,8 @@ class KeptFiles:
         folders: Folders,
         poke: Callable[[str], None],
         stack: AsyncExitStack,
+        *,
+        secrets: Secrets,
     ) -> KeptFiles:
         """Make them; the keeper does nothing before it is started."""
         objects = objects_of(settings)
@@ -48,9 +55,30 @@ class KeptFiles:
             vault if wanted.enabled else None,
             poke,
             run_blocking=asyncio.to_thread,
+            cloner=Cloner(store, folders, await _clone_rules(settings, stack, secrets), run_blocking=asyncio.to_thread),
             prune=lambda kept: _older_than_the_newest(kept, wanted.keep),
         )
         return cls(objects, vault, keeper)
+
+
+async def _clone_rules(settings: Settings, stack: AsyncExitStack, secrets: Secrets) -> CloneRules:
+    git = settings.git
+    dialler = Dialler(Judge(git.private_networks))
+    await dialler.start(stack)
+
+    async def resolve(host: str, port: int) -> list[str]:
+        try:
+            return await dialler.addresses(host, port)
+        except NotDialled as error:
+            raise CloneFailed(error.reason) from None
+
+    return CloneRules(
+        protocols=frozenset(git.protocols),
+        folders=tuple(git.folders),
+        bounds=CloneBounds(seconds=git.timeout_seconds, bytes=git.max_mb * 2**20),
+        resolve=resolve,
+        secrets=secrets.opened,
+    )
 
 
 def _older_than_the_newest(kept: Sequence[Snapshot], count: int) -> list[str]:

@@ -233,7 +233,9 @@ async def _build(
         max_concurrent_turns=settings.limits.max_concurrent_turns,
     )
     live.observers.append(admission.heard)
-    kept = await KeptFiles.open(settings, store, folders, lambda session_id: scheduler.poke(session_id), stack)
+    kept = await KeptFiles.open(
+        settings, store, folders, lambda session_id: scheduler.poke(session_id), stack, secrets=secrets
+    )
     keeper = kept.keeper
     live.observers.append(keeper.heard)
     owner = Owner(

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import to_json
 
-from carrel.model import Budget, Failure, Principal, SandboxTemplate
+from carrel.hostnames import HostPattern
+from carrel.model import SECRET_NAME, Budget, Failure, Principal, SandboxTemplate
 from carrel.protocol.spec import EnvName, GivenBudget, NoNul, Options, SessionSpec
 
 __all__ = [
@@ -30,8 +31,6 @@ __all__ = [
 
 ENVIRONMENT_NAME: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """What the name of an environment looks like."""
-SECRET_NAME: Final = r"^[A-Za-z_][A-Za-z0-9_-]{0,127}$"
-"""What the name of a secret looks like."""
 DEFAULT_ENVIRONMENT: Final = "default"
 """The environment of sessions that name none. Until somebody writes it, it is what the settings say: version 0."""
 
@@ -51,6 +50,16 @@ class SecretUse(Options):
         "every agent of the environment holds it, in a variable.",
     )
     variable: EnvName | None = Field(default=None, description="With `env`: the variable; default: the secret's name.")
+    git_hosts: tuple[str, ...] = Field(
+        default=(),
+        max_length=100,
+        description="With `gateway`: hosts of git repositories that sessions may have it sent to, such as `git.example.com`.",
+    )
+
+    @field_validator("git_hosts")
+    @classmethod
+    def _in_one_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(str(HostPattern.parse(each)) for each in value))
 
     @property
     def variable_name(self) -> str:
@@ -60,6 +69,8 @@ class SecretUse(Options):
     @model_validator(mode="after")
     def _variable_of_exposed(self) -> SecretUse:
         if self.expose == "env":
+            if self.git_hosts:
+                raise ValueError(f"{self.name}: git_hosts belongs to expose: gateway")
             SessionSpec(env_vars={self.variable_name: ""})
         elif self.variable is not None:
             raise ValueError(f"{self.name}: variable belongs to expose: env")
@@ -137,7 +148,7 @@ class EnvironmentSpec(Options):
                     raise ValueError(f"options.mcp_servers.{name}: the secret {secret} is not among secrets")
         headers = secrets_in({name: server["headers"] for name, server in self.gateway_servers.items()})
         for use in self.secrets:
-            if use.expose == "gateway" and use.name not in headers:
+            if use.expose == "gateway" and use.name not in headers and not use.git_hosts:
                 raise ValueError(
                     f"secrets: {use.name} stands in no header of an MCP server; say expose: env to hand it to agents"
                 )

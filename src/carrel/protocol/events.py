@@ -114,6 +114,17 @@ class WorkspaceQuotaExceeded(EventData):
     quota_mb: int
 
 
+@_event("workspace.cloned")
+class WorkspaceCloned(EventData):
+    """The workspace was begun with a clone of a git repository."""
+
+    repo: str
+    ref: str | None = Field(
+        default=None, description="What was asked for; None: the branch the repository names itself."
+    )
+    commit: str | None = Field(description="What is checked out; None: the repository is empty.")
+
+
 @_event("workspace.unpacked")
 class WorkspaceUnpacked(EventData):
     """An archive from outside was unpacked into the workspace."""

@@ -24,6 +24,7 @@ from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_
 from carrel.protocol import events
 from carrel.protocol.events import StoredEvent
 from carrel.sessions import steps, transitions
+from carrel.sessions.cloning import Cloner, CloneRules
 from carrel.sessions.kept import (
     Saved,
     begin_filling,
@@ -77,6 +78,7 @@ class Keeper:
         *,
         run_blocking: Callable[..., Any],
         prune: Callable[[Sequence[Snapshot]], Sequence[str]] = lambda snapshots: (),
+        cloner: Cloner | None = None,
     ) -> None:
         """Make the keeper; nothing runs before `start`.
 
@@ -86,6 +88,7 @@ class Keeper:
             vault: where they are kept; None: nowhere.
             poke: told the session's id whenever its next turn need not wait any more.
             run_blocking: runs a function that waits for the disk in another thread.
+            cloner: fetches what workspaces begin with; None: every one begins empty.
             prune: of the snapshots of one workspace, newest first, the ids of those that are not kept any longer.
         """
         self._store = store
@@ -94,6 +97,8 @@ class Keeper:
         self._poke = poke
         self._run_blocking = run_blocking
         self._prune = prune
+        self.cloner = cloner or Cloner(store, folders, CloneRules(), run_blocking=run_blocking)
+        self._ensuring: dict[str, asyncio.Task[None]] = {}
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._work: dict[str, asyncio.Task[None]] = {}
         self._reading: dict[str, float] = {}
@@ -159,10 +164,11 @@ class Keeper:
 
     async def forget(self, session_id: str) -> None:
         """Stop all work for a session that is being deleted."""
-        task = self._work.pop(session_id, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        for work in (self._work, self._ensuring):
+            task = work.pop(session_id, None)
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self._told.discard(session_id)
 
     # ------------------------------------------------------------------------------------------------------- keeping
@@ -330,9 +336,29 @@ class Keeper:
 
         Raises:
             Unavailable: the object store is away; nothing has changed, and it can be tried again.
+            CloneFailed, SecretMissing: what it begins with cannot be had; likewise.
         """
         async with self.changing(session):
             await self._ensure(session)
+
+    async def ensured(self, session: Session, seconds: float) -> bool:
+        """As `ensure`, and for so long at most: False where it takes longer. It goes on then, and pokes when it is done."""
+        task = self._ensuring.get(session.id)
+        if task is None:
+            task = asyncio.create_task(self.ensure(session), name=f"files of {session.id}")
+            self._ensuring[session.id] = task
+            task.add_done_callback(lambda task: self._ensured(session.id, task))
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done() or task.cancelled():
+            return False
+        self._ensuring.pop(session.id, None)
+        await task
+        return True
+
+    def _ensured(self, session_id: str, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # whoever looks next is told; nobody may, where the session was stopped meanwhile
+        self._poke(session_id)
 
     async def _ensure(self, session: Session) -> None:
         if session.workspace.type == "user":
@@ -345,6 +371,10 @@ class Keeper:
     async def _bring_back(self, session: Session) -> None:
         kept = await self._store.read(lambda tx: list(kept_of(tx, session)))
         if not kept and session.generation == 0:
+            if session.workspace.repo is not None:
+                cloned = await self.cloner.clone(session)
+                await self._run_blocking(self._folders.adopt, session)
+                await self._store.write(lambda tx: tell(tx, session.id, cloned))
             return
         tried: set[str] = set()
         for snapshot in kept if self._vault is not None else ():
@@ -415,11 +445,16 @@ class Keeper:
 
     async def _close(self) -> None:
         self._closed = True
-        tasks = [*self._work.values(), *([self._deleting] if self._deleting is not None else [])]
+        tasks = [
+            *self._work.values(),
+            *self._ensuring.values(),
+            *([self._deleting] if self._deleting is not None else []),
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._work.clear()
+        self._ensuring.clear()
 
 
 class _Lock:

@@ -71,6 +71,7 @@ _LAUNCH_ATTEMPTS = 3
 _LOOK_AGAIN_SECONDS = 1.0
 _WORKSPACE_LOOK_SECONDS = 0.25
 _FETCH_AGAIN_SECONDS = 2.0
+_FILES_SECONDS = 1.0
 _EXCESS: dict[abc.Excess, type[TurnFailure]] = {
     abc.Excess.MEMORY: SandboxOutOfMemory,
     abc.Excess.PROCESSES: SandboxOutOfProcesses,
@@ -272,7 +273,9 @@ class Owner:
             await self._start_failed(session.id, error)
             return 0.0
         try:
-            await self._keeper.ensure(session)
+            if not await self._keeper.ensured(session, _FILES_SECONDS):
+                self.memory.release(session.id)
+                return _LOOK_AGAIN_SECONDS
             await self._run_blocking(self._folders.make, session)
         except Unavailable as error:
             # Its files are lost here and cannot be fetched now: an agent that began without them would be worse.
@@ -280,7 +283,7 @@ class Owner:
             self.memory.release(session.id)
             return _FETCH_AGAIN_SECONDS
         except CarrelError as error:
-            # A user's directory that is gone, or that an agent has put something else in the place of.
+            # A user's directory that is gone, or that an agent has put something else in the place of; or no clone.
             await self._fail_all(session.id, error, stop_reason=StopReason.ERROR)
             return 0.0
         except OSError as error:

@@ -165,6 +165,7 @@ class SessionService:
             EnvironmentForbids: it does not let a session have these options.
             SessionLimitReached: there are as many sessions as are allowed.
             WorkspaceMissing: the user's directory is not there, and none is made.
+            CloneFailed: this server does not clone from the workspace's repository.
         """
         if principal.session_id is not None:
             raise BoundToSession
@@ -184,6 +185,7 @@ class SessionService:
             environment = open_environment(tx, principal, body.environment)
             check_running(tx, environment.name)
             self._check_options(environment, body.spec())
+            self.keeper.cloner.check(environment.name, environment.spec, body.workspace or Workspace())
             limits.spend(tx, principal.user)
             spend_environment(tx, environment, principal.user)
             own = self._own_options(environment, body.spec())
@@ -391,7 +393,7 @@ class SessionService:
         def prepare(tx: abc.Transaction) -> tuple[Session, Turn | None, bool, Snapshot | None]:
             session = _session(tx, principal, session_id)
             point = _fork_point(tx, session, turn_id)
-            past = point is not None and session.workspace.type == "ephemeral" and _worked_since(tx, session, point)
+            past = point is not None and session.workspace.is_own and _worked_since(tx, session, point)
             return session, point, past, tx.snapshots.of_turn(point.id) if past and point is not None else None
 
         await self.keeper.settled(session_id, _SETTLE_SECONDS)
@@ -401,7 +403,7 @@ class SessionService:
         number = await self._store.write(lambda tx: tx.sessions.next_number())
         new = new_id()
         # What outlives a session belongs to a user of its own; a folder of the session's own to nobody else.
-        uid_number = source.uid_number if source.workspace.type != "ephemeral" else None
+        uid_number = None if source.workspace.is_own else source.uid_number
         target = source.model_copy(update={"id": new, "number": number, "uid_number": uid_number})
         if snapshot is not None:
             await self.keeper.copy(snapshot, target)
@@ -437,7 +439,7 @@ class SessionService:
                 cost_usd=0.0,
                 budget=current.budget,
                 ttl_seconds=current.ttl_seconds,
-                snapshot_due=FORK if current.workspace.type == "ephemeral" else None,
+                snapshot_due=FORK if current.workspace.is_own else None,
                 created_at=now,
                 last_active_at=now,
             )

@@ -223,6 +223,32 @@ class Egress(Group):
         return _networks(value)
 
 
+class GitSettings(Group):
+    """What workspaces of type `git` may be cloned from."""
+
+    protocols: list[Literal["https", "http"]] = Field(
+        default=["https"], description="By what repositories are cloned; none: `file://` at most."
+    )
+    folders: list[Path] = Field(
+        default=[], description="Folders of this server below which `file://` repositories may be cloned by every user."
+    )
+    private_networks: list[str] = Field(
+        default=[], description="Private networks that a repository's host may be in, such as 10.20.0.0/16."
+    )
+    timeout_seconds: float = Field(default=300.0, gt=0, le=86_400, description="How long a clone may take.")
+    max_mb: int = Field(default=4096, ge=1, description="The most that one may hold, its history included.")
+
+    @field_validator("private_networks")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        return _networks(value)
+
+    @field_validator("folders")
+    @classmethod
+    def _absolute(cls, value: list[Path]) -> list[Path]:
+        return [each.expanduser().absolute() for each in value]
+
+
 class SnapshotSettings(Group):
     """How the files of sessions are kept."""
 
@@ -467,6 +493,7 @@ class Settings(Group):
     heartbeat_seconds: float = Field(default=15.0, gt=0, description="How often a silent stream shows it lives.")
     objects: ObjectSettings = Field(default=ObjectSettings(), description="Where snapshots and artifacts are.")
     snapshots: SnapshotSettings = Field(default=SnapshotSettings(), description="How the files of sessions are kept.")
+    git: GitSettings = Field(default=GitSettings(), description="Workspaces that begin with a clone of a repository.")
     users: Users = Field(default=Users(), description="Users' own directories.")
     limits: Limits = Field(default=Limits(), description="How much there may be at once.")
     budgets: Budgets = Field(default=Budgets(), description="What may be spent.")

@@ -159,7 +159,7 @@ class Folders:
 
     def copy(self, source: Session, target: Session) -> None:
         """Copy a session's workspace, as it is now, to a session that has none yet. What outlives them is shared."""
-        if target.workspace.type == "ephemeral":
+        if target.workspace.is_own:
             (self._root / target.id).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.files(source).copy_to(self.workspace(target), owner=self.owner(target))
         self.make(target)

@@ -16,20 +16,23 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from carrel.errors import FileNotFound, FileTooLarge, NotARepository
 from carrel.workspaces.files import WorkspaceFiles
 
-__all__ = ["Diff", "diff"]
+__all__ = ["Diff", "Git", "Ran", "diff", "temporary_place"]
 
 Owner = tuple[int, int]
 
 _MOST_BYTES = 2**30
 _MOST_DIFF_BYTES = 16 * 2**20
 _DIFF_SECONDS = 60
+_LOOK_SECONDS = 0.25
 _REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,200}")
 _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SETTINGS = {
@@ -65,7 +68,7 @@ def diff(files: WorkspaceFiles, owner: Owner | None) -> Diff:
             raise NotARepository("Its .git is not a folder: worktrees and submodules are not read.")
     except FileNotFound:
         raise NotARepository from None
-    with _place(owner) as place:
+    with temporary_place(owner) as place:
         work, repository = place / "work", place / "repository"
         files.copy_to(work, owner=owner, max_bytes=_MOST_BYTES)
         own = work / ".git"
@@ -87,7 +90,7 @@ def diff(files: WorkspaceFiles, owner: Owner | None) -> Diff:
             "GIT_WORK_TREE": str(work),
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(own / "objects"),
         }
-        git = _Git(place, owner, variables, seconds=_DIFF_SECONDS)
+        git = Git(place, owner, variables, seconds=_DIFF_SECONDS)
         nothing = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
         flags = ["--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=all", "--no-renames"]
         added = git.run("add", "--intent-to-add", "--ignore-errors", ".", cwd=work)
@@ -98,13 +101,16 @@ def diff(files: WorkspaceFiles, owner: Owner | None) -> Diff:
 
 
 @dataclass(frozen=True)
-class _Ran:
+class Ran:
+    """What came of running it."""
+
     code: int
     output: bytes
     told: str
+    """What it said of errors: for operators alone."""
 
 
-class _Git:
+class Git:
     """Runs git in a place of its own."""
 
     def __init__(
@@ -114,14 +120,16 @@ class _Git:
         variables: Mapping[str, str],
         *,
         seconds: float,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
+        """Have it work in `place`, as the owner, for so long at most; `settings` are added to ours, and win."""
         program = shutil.which("git")
         if program is None:
             raise NotARepository("git is not installed on this server.")
         self._place = place
         self._owner = owner
         self._seconds = seconds
-        given = _SETTINGS
+        given = {**_SETTINGS, **(settings or {})}
         numbered = {f"GIT_CONFIG_KEY_{n}": name for n, name in enumerate(given)}
         numbered |= {f"GIT_CONFIG_VALUE_{n}": value for n, value in enumerate(given.values())}
         self._variables = {
@@ -142,8 +150,10 @@ class _Git:
         limits = ["prlimit", f"--cpu={int(seconds) + 1}", f"--as={4 * 2**30}", f"--fsize={2 * 2**30}", "--core=0"]
         self._command = [*(limits if shutil.which("prlimit") else []), program]
 
-    def run(self, *arguments: str, cwd: Path, most_bytes: int = 65_536) -> _Ran:
-        """Run it to its end, or to the end of its time; what it says is cut off after so many bytes."""
+    def run(
+        self, *arguments: str, cwd: Path, most_bytes: int = 65_536, enough: Callable[[], bool] = lambda: False
+    ) -> Ran:
+        """Run it to its end, to the end of its time, or until it is `enough`; what it says is cut off after so many bytes."""
         user: dict[str, object] = {}
         if self._owner is not None and os.geteuid() == 0:
             user = {"user": self._owner[0], "group": self._owner[1], "extra_groups": []}
@@ -158,7 +168,7 @@ class _Git:
                 start_new_session=True,
                 **user,
             )
-            timer = _Timer(process.pid, self._seconds)
+            timer = _Timer(process.pid, self._seconds, enough)
             try:
                 output = process.stdout.read(most_bytes)
             finally:
@@ -170,22 +180,28 @@ class _Git:
                 process.wait()
             errors.seek(0)
             told = errors.read(4096).decode("utf-8", "replace")
-        return _Ran(process.returncode, output, told)
+        return Ran(process.returncode, output, told)
 
 
 class _Timer:
-    """Ends a process group when its time is over."""
+    """Ends a process group when its time is over, or it is enough."""
 
-    def __init__(self, pid: int, seconds: float) -> None:
-        import threading
+    def __init__(self, pid: int, seconds: float, enough: Callable[[], bool]) -> None:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(pid, seconds, enough), daemon=True, name="git timer")
+        self._thread.start()
 
-        self._timer = threading.Timer(seconds, _end, [pid])
-        self._timer.daemon = True
-        self._timer.start()
+    def _watch(self, pid: int, seconds: float, enough: Callable[[], bool]) -> None:
+        until = time.monotonic() + seconds
+        while not self._over.wait(min(_LOOK_SECONDS, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until or enough():
+                _end(pid)
+                return
 
     def over(self) -> None:
         """It has ended by itself."""
-        self._timer.cancel()
+        self._over.set()
+        self._thread.join()
 
 
 def _end(pid: int) -> None:
@@ -194,7 +210,7 @@ def _end(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def _place(owner: Owner | None) -> Iterator[Path]:
+def temporary_place(owner: Owner | None) -> Iterator[Path]:
     """A folder that only we and the owner can get at, which no sandbox is shown."""
     with tempfile.TemporaryDirectory(prefix="carrel-git-", dir=_root(owner)) as folder:
         place = Path(folder)

@@ -40,6 +40,9 @@ SAMPLES: dict[str, EventData] = {
     "workspace.lost": events.WorkspaceLost(message=TEXT),
     "workspace.snapshot_failed": events.WorkspaceSnapshotFailed(code="object_store_unavailable", message=TEXT),
     "workspace.quota_exceeded": events.WorkspaceQuotaExceeded(size_bytes=2**40, quota_mb=5),
+    "workspace.cloned": events.WorkspaceCloned(
+        repo="https://git.example.com/shop.git", ref="main", commit="0" * 40
+    ),
     "workspace.unpacked": events.WorkspaceUnpacked(path="src", members=3, bytes=2**33),
     "session.deleted": events.SessionDeleted(),
     "turn.queued": events.TurnQueued(number=3, ahead=2, place=5),

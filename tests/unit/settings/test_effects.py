@@ -18,6 +18,7 @@ _OBJECTS = "unit/cli/test_objects.py::"
 _CAPS = "integration/test_caps.py::"
 _DOCKER = "integration/test_docker.py::"
 _EFFECTS = "integration/test_settings_effects.py::"
+_GIT = "integration/test_git_workspaces.py::"
 _DEFAULTS = "integration/test_session_defaults.py::"
 _MODES = "isolation/test_isolation_modes.py::"
 _REFUSALS = "unit/settings/test_model.py::"
@@ -66,6 +67,11 @@ EFFECTS: dict[str, str] = {
     "read_only_paths": "integration/test_life.py::test_two_hundred_kilobytes_of_stderr_hang_nothing",
     "first_sandbox_uid": _EFFECTS + "test_first_sandbox_uid",
     "cli_path": "integration/test_life.py::test_an_agent_that_cannot_start_fails_the_session_until_resume",
+    "git.protocols": _GIT + "test_private_addresses_and_plain_http_are_refused_unless_the_operator_says_so",
+    "git.private_networks": _GIT + "test_private_addresses_and_plain_http_are_refused_unless_the_operator_says_so",
+    "git.timeout_seconds": _GIT + "test_private_addresses_and_plain_http_are_refused_unless_the_operator_says_so",
+    "git.folders": _GIT + "test_what_may_not_be_cloned_is_refused_in_plain_words",
+    "git.max_mb": _GIT + "test_what_may_not_be_cloned_is_refused_in_plain_words",
     "idle_timeout_seconds": "integration/test_life.py::test_an_idle_session_costs_no_process_and_wakes_where_it_was",
     "secrets_key": "integration/test_environments.py::test_a_secret_reaches_the_agent_and_stands_nowhere_else",
     "warm_pool": "integration/test_pool.py::test_new_sessions_find_their_agent_connected",

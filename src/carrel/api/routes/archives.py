@@ -44,7 +44,7 @@ class UnpackedArchive(BaseModel):
     links_left_out: int = Field(description="Links that lead out of the folder, where those were to be left out.")
 
 
-Folder = Annotated[str, Query(max_length=16_384, description="A folder of the workspace; empty: the workspace itself.")]
+Folder = Annotated[str, Query(max_length=4096, description="A folder of the workspace; empty: the workspace itself.")]
 _EXAMPLE = {"members": 42, "bytes": 1_048_576, "links_left_out": 0}
 
 
@@ -104,7 +104,7 @@ async def download_archive(
     session_id: SessionId,
     services: ServicesDep,
     principal: PrincipalDep,
-    path: Annotated[str, Query(max_length=16_384, description="One entry of it; empty: the whole workspace.")] = "",
+    path: Annotated[str, Query(max_length=4096, description="One entry of it; empty: the whole workspace.")] = "",
     format: Annotated[
         ArchiveFormat | None, Query(description="Default: as `Accept` says, and `tar.gz` where that says nothing.")
     ] = None,
