@@ -67,7 +67,10 @@ def _group(model: type[BaseModel], values: BaseModel, indent: str) -> Iterator[s
         if name in _SHOWN_AS:
             text = yaml.safe_dump({name: _SHOWN_AS[name]}, sort_keys=False)
             yield from (f"{indent}#   {line}" for line in text.splitlines())
-        yield f"{indent}{yaml.safe_dump({name: _plain(value)}, sort_keys=False).strip()}"
+        if isinstance(value, list):
+            yield f"{indent}{name}: {yaml.safe_dump(value, default_flow_style=True).strip()}"
+        else:
+            yield f"{indent}{yaml.safe_dump({name: _plain(value)}, sort_keys=False).strip()}"
         if not indent:
             yield ""
     if indent == "  ":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ __all__ = ["GitHost", "make_repository"]
 _HERMETIC = {
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_CONFIG_GLOBAL": "/dev/null",
-    "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
 }
 
 
