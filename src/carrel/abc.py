@@ -889,8 +889,14 @@ class SnapshotRows(ABC):
         """A session's, newest first. Raises InvalidCursor."""
 
     @abstractmethod
-    def of_files(self, *, session_id: str | None = None, workspace_id: str | None = None) -> Sequence[Snapshot]:
-        """Every snapshot of a session, or of all sessions in one persistent workspace, newest first."""
+    def of_files(
+        self, *, session_id: str | None = None, workspace_id: str | None = None, owner: str | None = None
+    ) -> Sequence[Snapshot]:
+        """Every snapshot of a session, of all sessions in one persistent workspace, or of one user, newest first."""
+
+    @abstractmethod
+    def older(self, before: datetime, *, limit: int) -> Sequence[Snapshot]:
+        """So many of those taken before a moment, but never the newest of the same files; the oldest first."""
 
     @abstractmethod
     def of_turn(self, turn_id: str) -> Snapshot | None:

@@ -26,6 +26,7 @@ POINTS: Final = frozenset(
         "usage.reserved",
         "usage.recorded",
         "evict.marked",
+        "clone.staged",
         "restore.marked",
         "restore.adopted",
         "delete.marked",

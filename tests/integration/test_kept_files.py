@@ -221,3 +221,70 @@ async def test_what_is_kept_is_for_the_operator_to_say(start, tmp_path):
     await without.ask("POST", f"/sessions/{session}/snapshots", 503)
     await asyncio.sleep(0)
     assert (await without.ask("GET", f"/sessions/{session}/snapshots"))["data"] == []
+
+
+async def test_old_and_many_snapshots_go_as_the_settings_say(start, tmp_path):
+    async def left(api, session, count):
+        async def check():
+            found = (await api.ask("GET", f"/sessions/{session}/snapshots"))["data"]
+            return found if len(found) == count else None
+
+        return await api.until(f"{count} snapshots are left", check)
+
+    large = "[[bash: head -c 700000 /dev/urandom > big]]"
+    old = await start(snapshots={"keep_days": 1e-9}, data=tmp_path / "old")
+    session = await old.session()
+    for _ in range(2):
+        turn = (await old.run(session, large))["id"]
+        assert await old.until("it is kept", lambda: snapshot_of(old, session, turn))  # noqa: B023
+    assert [each["turn_id"] for each in await left(old, session, 1)] == [turn]
+    many = await start(snapshots={"keep_mb": 2, "keep_mb_per_user": 3}, data=tmp_path / "many")
+    first, second = await many.session(), await many.session()
+    for session, counts in ((first, (1, 2, 2)), (second, (1, 2))):
+        for count in counts:
+            turn = (await many.run(session, large))["id"]
+            assert await many.until("it is kept", lambda: snapshot_of(many, session, turn))  # noqa: B023
+            await left(many, session, count)
+    # 2.1 MB are over what one workspace may have, 2.8 MB are within what a user may.
+    await left(many, first, 2)
+    third = await many.session()
+    turn = (await many.run(third, large))["id"]
+    await left(many, third, 1)
+    await left(many, first, 1)
+    await left(many, second, 2)
+
+
+async def snapshot_of(api, session, turn):
+    found = (await api.ask("GET", f"/sessions/{session}/snapshots"))["data"]
+    return [each for each in found if each["turn_id"] == turn]
+
+
+@pytest.mark.parametrize("how", ["stop", "idle", "delete"])
+async def test_what_was_written_after_the_last_turn_is_kept_when_the_sandbox_goes(start, tmp_path, how):
+    api = await start(idle_timeout_seconds=3.0 if how == "idle" else 600)
+    session = await api.session(workspace=SHOP)
+    turn = (await api.run(session, "[[bash: echo one > a; (sleep 1; echo late > b) > /dev/null 2>&1 &]]"))["id"]
+    assert await api.until("the turn is kept", lambda: snapshot_of(api, session, turn))
+    workspace = (await api.ask("GET", "/workspaces"))["data"][0]["id"]
+    files = tmp_path / "data/workspaces" / workspace / "files"
+
+    async def written():
+        return (files / "b").exists()
+
+    await api.until("it is written", written)
+    if how == "delete":
+        await api.ask("DELETE", f"/sessions/{session}")
+    elif how == "stop":
+        await api.ask("POST", f"/sessions/{session}/stop")
+    else:
+        await api.until_status(session, "idle")
+    if how != "delete":
+        await api.until("it is kept", lambda: released(api, session))
+    shutil.rmtree(files)
+    other = await api.session(workspace=SHOP)
+    assert (await api.http.get(f"/sessions/{other}/files/b")).text == "late\n"
+
+
+async def released(api, session):
+    found = (await api.ask("GET", f"/sessions/{session}/snapshots"))["data"]
+    return [each for each in found if each["reason"] == "release"]

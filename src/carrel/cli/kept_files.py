@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 
 from carrel import abc
 from carrel.cli.objects import objects_of
 from carrel.egress import Dialler, Judge, NotDialled
 from carrel.errors import CloneFailed
-from carrel.model import Snapshot
 from carrel.sessions.cloning import Cloner, CloneRules
 from carrel.sessions.keeper import Keeper
 from carrel.sessions.secrets import Secrets
 from carrel.sessions.vault import SnapshotVault
 from carrel.settings import Settings
-from carrel.workspaces import Folders
+from carrel.workspaces import Folders, KeepRules
 from carrel.workspaces.clones import CloneBounds
 from carrel.workspaces.snapshots import Snapshots
 
@@ -56,7 +56,12 @@ class KeptFiles:
             poke,
             run_blocking=asyncio.to_thread,
             cloner=Cloner(store, folders, await _clone_rules(settings, stack, secrets), run_blocking=asyncio.to_thread),
-            prune=lambda kept: _older_than_the_newest(kept, wanted.keep),
+            rules=KeepRules(
+                last=wanted.keep,
+                max_age=None if wanted.keep_days is None else timedelta(days=wanted.keep_days),
+                max_bytes=_bytes(wanted.keep_mb),
+                max_bytes_of_user=_bytes(wanted.keep_mb_per_user),
+            ),
         )
         return cls(objects, vault, keeper)
 
@@ -81,5 +86,5 @@ async def _clone_rules(settings: Settings, stack: AsyncExitStack, secrets: Secre
     )
 
 
-def _older_than_the_newest(kept: Sequence[Snapshot], count: int) -> list[str]:
-    return [snapshot.id for snapshot in kept[count:]]
+def _bytes(mb: int | None) -> int | None:
+    return None if mb is None else mb * 2**20

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,7 +21,7 @@ import structlog
 from carrel import abc
 from carrel.errors import CarrelError, SnapshotMissing, StoreUnavailable, TurnAtWork, Unavailable
 from carrel.killpoints import reached
-from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_id
+from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_id, utc_now
 from carrel.protocol import events
 from carrel.protocol.events import StoredEvent
 from carrel.sessions import steps, transitions
@@ -32,10 +33,13 @@ from carrel.sessions.kept import (
     newest_of,
     no_longer_due,
     objects_of_files,
+    prune,
+    remove_snapshots,
     snapshot_of,
     tell,
 )
 from carrel.workspaces.folders import Folders
+from carrel.workspaces.pruning import KeepRules
 
 __all__ = ["Keeper", "Vault"]
 
@@ -51,6 +55,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _SWEEP_SECONDS = 30.0
 _BATCH = 100
+_OLD_SECONDS = 600.0
 
 
 class Vault(Protocol):
@@ -77,7 +82,7 @@ class Keeper:
         poke: Callable[[str], None],
         *,
         run_blocking: Callable[..., Any],
-        prune: Callable[[Sequence[Snapshot]], Sequence[str]] = lambda snapshots: (),
+        rules: KeepRules = KeepRules(),
         cloner: Cloner | None = None,
     ) -> None:
         """Make the keeper; nothing runs before `start`.
@@ -89,14 +94,15 @@ class Keeper:
             poke: told the session's id whenever its next turn need not wait any more.
             run_blocking: runs a function that waits for the disk in another thread.
             cloner: fetches what workspaces begin with; None: every one begins empty.
-            prune: of the snapshots of one workspace, newest first, the ids of those that are not kept any longer.
+            rules: which snapshots go in the course of time.
         """
         self._store = store
         self._folders = folders
         self._vault = vault
         self._poke = poke
         self._run_blocking = run_blocking
-        self._prune = prune
+        self._rules = rules
+        self._swept_at = -math.inf
         self.cloner = cloner or Cloner(store, folders, CloneRules(), run_blocking=run_blocking)
         self._ensuring: dict[str, asyncio.Task[None]] = {}
         self._places = asyncio.Semaphore(_AT_ONCE)
@@ -251,9 +257,7 @@ class Keeper:
             else:
                 tx.snapshots.add(snapshot)
             no_longer_due(tx, session.id, due)
-            gone = self._prune(tx.snapshots.of_files(session_id=session.id, workspace_id=session.workspace_id))
-            for unused in tx.snapshots.remove([each for each in gone if each != snapshot.id]):
-                tx.doomed.add(unused)
+            prune(tx, now, self._rules)
             return snapshot
 
         try:
@@ -373,6 +377,7 @@ class Keeper:
         if not kept and session.generation == 0:
             if session.workspace.repo is not None:
                 cloned = await self.cloner.clone(session)
+                reached("clone.staged")
                 await self._run_blocking(self._folders.adopt, session)
                 await self._store.write(lambda tx: tell(tx, session.id, cloned))
             return
@@ -430,6 +435,7 @@ class Keeper:
         while True:
             self._doomed.clear()
             try:
+                await self._prune_old()
                 while prefixes := await self._store.read(lambda tx: list(tx.doomed.some(_BATCH))):
                     for prefix in prefixes:
                         await vault.delete(prefix)
@@ -442,6 +448,21 @@ class Keeper:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SWEEP_SECONDS):
                     await self._doomed.wait()
+
+    async def _prune_old(self) -> None:
+        """Forget the snapshots that are too old of sessions that take no new ones."""
+        if self._rules.max_age is None or time.monotonic() - self._swept_at < _OLD_SECONDS:
+            return
+        before = utc_now() - self._rules.max_age
+
+        def work(tx: abc.Transaction) -> bool:
+            old = tx.snapshots.older(before, limit=_BATCH)
+            remove_snapshots(tx, [each.id for each in old])
+            return len(old) == _BATCH
+
+        while await self._store.write(work):
+            pass
+        self._swept_at = time.monotonic()
 
     async def _close(self) -> None:
         self._closed = True

@@ -12,6 +12,7 @@ from carrel.model import Session, Snapshot, SnapshotReason, new_id, utc_now
 from carrel.protocol import events
 from carrel.sessions import transitions
 from carrel.sessions.workspaces import objects_of_workspace
+from carrel.workspaces.pruning import KeepRules, over_total, superfluous
 
 __all__ = [
     "Saved",
@@ -23,6 +24,8 @@ __all__ = [
     "no_longer_due",
     "objects_of_files",
     "objects_of_session",
+    "prune",
+    "remove_snapshots",
     "snapshot_of",
     "tell",
 ]
@@ -73,9 +76,21 @@ def forget_files(tx: abc.Transaction, session_id: str) -> None:
             if newest.id == snapshot.id:
                 continue
         gone.append(snapshot.id)
-    for key in tx.snapshots.remove(gone):
-        tx.doomed.add(key)
+    remove_snapshots(tx, gone)
     tx.doomed.add(objects_of_session(session_id))
+
+
+def prune(tx: abc.Transaction, session: Session, rules: KeepRules) -> None:
+    """Forget what the rules do not keep, after the session has got another snapshot."""
+    remove_snapshots(tx, superfluous(kept_of(tx, session), rules, now=utc_now()))
+    if rules.max_bytes_of_user is not None:
+        remove_snapshots(tx, over_total(tx.snapshots.of_files(owner=session.owner), rules.max_bytes_of_user))
+
+
+def remove_snapshots(tx: abc.Transaction, snapshot_ids: Sequence[str]) -> None:
+    """Forget these, and have the objects deleted that no other needs."""
+    for key in tx.snapshots.remove(snapshot_ids):
+        tx.doomed.add(key)
 
 
 def objects_of_files(session: Session) -> str:

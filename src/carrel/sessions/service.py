@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pydantic_core import to_json
 from carrel import abc
 from carrel.errors import (
     BoundToSession,
+    CarrelError,
     Draining,
     EnvironmentForbids,
     Forbidden,
@@ -61,7 +63,7 @@ from carrel.sessions.environments import (
     spend_environment,
 )
 from carrel.sessions.hub import Hub
-from carrel.sessions.keeper import FORK, Keeper
+from carrel.sessions.keeper import FORK, RELEASE, Keeper
 from carrel.sessions.narrowing import check_options
 from carrel.sessions.owner import Owner
 from carrel.sessions.pool import Pool
@@ -74,6 +76,8 @@ from carrel.workspaces.files import WorkspaceFiles
 from carrel.workspaces.folders import Folders
 
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 _PAGE = 500
 _OF_ENVIRONMENT = frozenset({"environment", "environment_version"})
@@ -315,6 +319,7 @@ class SessionService:
 
     async def delete(self, principal: Principal, session_id: str) -> None:
         """Delete the session for good, with its files. Its processes are gone when this returns."""
+        await self._keep_last(await self.get(principal, session_id))
 
         def work(tx: abc.Transaction) -> None:
             _session(tx, principal, session_id)
@@ -323,6 +328,17 @@ class SessionService:
         await self._store.write(work)
         reached("delete.marked")
         await self._scheduler.settle(session_id)
+
+    async def _keep_last(self, session: Session) -> None:
+        """What the session leaves in a workspace that stays is kept before its sandbox goes, if that can be done now."""
+        if session.workspace_id is None or session.generation == 0 or not self.keeper.keeps:
+            return
+        try:
+            async with asyncio.timeout(_SETTLE_SECONDS):
+                await self.keeper.take(session, session.snapshot_due or RELEASE)
+        except (CarrelError, TimeoutError) as error:
+            # The files themselves stay; the next session in the workspace has them kept.
+            log.warning("snapshot.not_taken", session=session.id, why=repr(error))
 
     async def stop(self, principal: Principal, session_id: str) -> Session:
         """Stop by hand: the running turn is interrupted, queued ones are cancelled, the process ends."""

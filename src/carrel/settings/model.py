@@ -254,6 +254,17 @@ class SnapshotSettings(Group):
 
     enabled: bool = Field(default=True, description="Whether files are kept after each turn; without, nothing is.")
     keep: int = Field(default=100, ge=1, description="How many of one workspace are kept; the oldest go first.")
+    keep_days: float | None = Field(
+        default=None, gt=0, description="After so many days they go; the newest of a workspace stays."
+    )
+    keep_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="What those of one workspace may take; beyond it the oldest go, but for the newest.",
+    )
+    keep_mb_per_user: int | None = Field(
+        default=None, ge=1, description="The same of all that belong to one user's sessions."
+    )
     max_mb: int = Field(default=4096, ge=1, description="The most that one may hold; larger workspaces are not kept.")
     ignored: list[str] = Field(
         default=[], description="Patterns of names, or of paths in the workspace, that are not kept: `node_modules`."

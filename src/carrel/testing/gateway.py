@@ -46,6 +46,7 @@ from carrel.store import SqliteStore
 from carrel.testing.fakes import FakeHost, FakeRuntime
 from carrel.testing.vault import FolderVault
 from carrel.workspaces.folders import Folders
+from carrel.workspaces.pruning import KeepRules
 
 __all__ = ["FakeGateway"]
 
@@ -87,6 +88,7 @@ class FakeGateway:
         observer: abc.Observer = abc.Observer(),
         memory: Memory | None = None,
         vault: FolderVault | None = None,
+        keep: KeepRules = KeepRules(),
         keys: Sequence[bytes] = (bytes(32),),
         pool: Recipes = Recipes(),
         reachable: Callable[[str], Awaitable[bool]] = _nothing_answers,
@@ -110,6 +112,7 @@ class FakeGateway:
             memory: the soft limit on what sandboxes take; None: none.
             keys: what secrets are sealed with.
             vault: where files are kept; None: nowhere.
+            keep: which snapshots go in the course of time.
             pool: which warm pools there are.
             reachable: whether anything answers at an address.
             check_server: what is wrong with an MCP server that the gateway answers for.
@@ -140,6 +143,7 @@ class FakeGateway:
             vault,
             lambda session_id: self.scheduler.poke(session_id),
             run_blocking=asyncio.to_thread,
+            rules=keep,
         )
         self.live.observers.append(self.keeper.heard)
         secrets = Secrets(self.store, Keyring(keys))

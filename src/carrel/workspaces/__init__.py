@@ -4,7 +4,7 @@ from carrel.workspaces.archives import ArchiveFormat, ArchiveLimits, Unpacked, p
 from carrel.workspaces.files import FileEntry, FileType, WorkspaceFiles
 from carrel.workspaces.folders import Folders
 from carrel.workspaces.manifests import Change, Manifest
-from carrel.workspaces.pruning import KeepRules, SnapshotAge, superfluous
+from carrel.workspaces.pruning import KeepRules, superfluous
 from carrel.workspaces.scanning import HOME_PARTS, Tree
 from carrel.workspaces.snapshots import Restored, Saved, Snapshots
 
@@ -20,7 +20,6 @@ __all__ = [
     "Manifest",
     "Restored",
     "Saved",
-    "SnapshotAge",
     "Snapshots",
     "Tree",
     "Unpacked",

@@ -2,61 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-__all__ = ["KeepRules", "SnapshotAge", "superfluous"]
+from carrel.model import Snapshot
 
-
-@dataclass(frozen=True)
-class SnapshotAge:
-    """What pruning knows of one snapshot."""
-
-    id: str
-    created_at: datetime
-    turn_id: str | None = None
-    """The turn at whose end it was made, if it was."""
-    referenced: bool = False
-    """Whether something needs it: a fork, an artifact, a restore under way, a person who has said so."""
+__all__ = ["KeepRules", "over_total", "superfluous"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRules:
-    """A snapshot is kept if one of these keeps it."""
+    """A snapshot goes when one of these says so. The newest of a workspace never does. None: no limit."""
 
-    last: int = 10
-    """So many of the newest."""
-    turns: int = 50
-    """The last one of each of so many of the newest turns: a session can be rewound to these."""
-    hourly: int = 24
-    """The last one of each of so many hours that have one, from the newest back (UTC)."""
-    daily: int = 14
-    """The same of days."""
+    last: int | None = None
+    """So many of the newest of one workspace are kept."""
+    max_age: timedelta | None = None
+    """Older ones go."""
+    max_bytes: int | None = None
+    """What the snapshots of one workspace may take, the newest counted first."""
+    max_bytes_of_user: int | None = None
+    """The same of all that one user's sessions have."""
 
 
-def superfluous(snapshots: Iterable[SnapshotAge], rules: KeepRules, *, now: datetime) -> list[str]:
-    """The ids of those that no rule keeps, the oldest first. The newest one is always kept.
+def superfluous(snapshots: Sequence[Snapshot], rules: KeepRules, *, now: datetime) -> list[str]:
+    """Of the snapshots of one workspace, newest first, the ids of those that go."""
+    after = None if rules.max_age is None else now - rules.max_age
+    gone = [
+        each.id
+        for place, each in enumerate(snapshots)
+        if place
+        and ((rules.last is not None and place >= rules.last) or (after is not None and each.created_at < after))
+    ]
+    rest = [each for each in snapshots if each.id not in set(gone)]
+    return gone + ([] if rules.max_bytes is None else over_total(rest, rules.max_bytes))
 
-    Those of the last minute are kept too, whatever the rules: what refers to them may not be stored yet.
+
+def over_total(snapshots: Sequence[Snapshot], max_bytes: int) -> list[str]:
+    """Of snapshots of any workspaces, newest first, the ids of those with which they take more than so many bytes.
+
+    What several have in common, because nothing had changed, is counted once.
     """
-    newest_first = sorted(snapshots, key=lambda each: (each.created_at, each.id), reverse=True)
-    kept = {each.id for each in newest_first[: max(rules.last, 1)]}
-    kept |= {each.id for each in newest_first if each.referenced or each.created_at > now - timedelta(minutes=1)}
-    kept |= _one_each(newest_first, lambda each: each.turn_id, rules.turns)
-    kept |= _one_each(newest_first, lambda each: each.created_at.strftime("%Y-%m-%d %H"), rules.hourly)
-    kept |= _one_each(newest_first, lambda each: each.created_at.date().isoformat(), rules.daily)
-    return [each.id for each in reversed(newest_first) if each.id not in kept]
-
-
-def _one_each(newest_first: list[SnapshotAge], group_of: Callable[[SnapshotAge], str | None], most: int) -> set[str]:
-    """The newest one of each of the first so many groups."""
-    first: dict[str, str] = {}
-    for each in newest_first:
-        group = group_of(each)
-        if group is None or group in first:
+    gone: list[str] = []
+    seen: set[str] = set()
+    keys: set[str] = set()
+    # The newest of each workspace stays whatever it takes, so it is counted before all others.
+    newest = {each.workspace_id or each.session_id: each for each in reversed(snapshots)}
+    for each in newest.values():
+        keys.add(each.key)
+        seen.add(each.id)
+    total = sum({each.key: each.stored_bytes for each in newest.values()}.values())
+    for each in snapshots:
+        if each.id in seen or each.key in keys:
             continue
-        if len(first) == most:
-            break
-        first[group] = each.id
-    return set(first.values())
+        if total + each.stored_bytes > max_bytes:
+            gone.append(each.id)
+            continue
+        keys.add(each.key)
+        total += each.stored_bytes
+    return gone

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from carrel.model import Principal, Restoring, Session, SessionStatus, Snapshot,
 from carrel.sessions.history import History
 from carrel.testing import FakeGateway, FakeHost, FakeTurn
 from carrel.testing.vault import FolderVault
+from carrel.workspaces.pruning import KeepRules
 
 ALICE, BOB = Principal.of_user("alice"), Principal.of_user("bob")
 SHOP = {"type": "persistent", "name": "shop"}
@@ -409,3 +411,17 @@ async def test_a_turn_that_fills_a_workspace_says_so(kept: Kept) -> None:
     turn = await write(gateway, session, "a", "x" * (2**20 + 1))
     told = [event for event in await gateway.log(session.id) if event.type == "workspace.quota_exceeded"]
     assert [(event.turn_id, event.data["quota_mb"]) for event in told] == [(turn, 1)]
+
+
+async def test_old_snapshots_of_sessions_at_rest_go_too(
+    kept: Kept, open_gateway: Any, eventually: Callable[..., Awaitable[None]]
+) -> None:
+    gateway, vault = kept
+    session = await gateway.create()
+    await write(gateway, session, "a", "1")
+    await write(gateway, session, "a", "2")
+    assert len(vault.keys()) == 2
+    again = await open_gateway(vault=FolderVault(vault.root), keep=KeepRules(max_age=timedelta(microseconds=1)))
+    await eventually(lambda: len(vault.keys()) == 1)
+    (left,) = await snapshots(again, session)
+    assert [left.key] == vault.keys()

@@ -18,6 +18,7 @@ _OBJECTS = "unit/cli/test_objects.py::"
 _CAPS = "integration/test_caps.py::"
 _DOCKER = "integration/test_docker.py::"
 _EFFECTS = "integration/test_settings_effects.py::"
+_KEPT = "integration/test_kept_files.py::"
 _GIT = "integration/test_git_workspaces.py::"
 _DEFAULTS = "integration/test_session_defaults.py::"
 _MODES = "isolation/test_isolation_modes.py::"
@@ -101,6 +102,9 @@ EFFECTS: dict[str, str] = {
     "objects.accept_unencrypted": _OBJECTS + "test_encryption_is_turned_on_and_its_key_changed",
     "objects.timeout_seconds": _OBJECTS + "test_what_is_refused",
     "snapshots.enabled": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
+    "snapshots.keep_days": _KEPT + "test_old_and_many_snapshots_go_as_the_settings_say",
+    "snapshots.keep_mb": _KEPT + "test_old_and_many_snapshots_go_as_the_settings_say",
+    "snapshots.keep_mb_per_user": _KEPT + "test_old_and_many_snapshots_go_as_the_settings_say",
     "snapshots.keep": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
     "snapshots.max_mb": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",
     "snapshots.ignored": "integration/test_kept_files.py::test_what_is_kept_is_for_the_operator_to_say",

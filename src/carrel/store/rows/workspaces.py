@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -115,11 +116,26 @@ class SqlSnapshots(Rows, abc.SnapshotRows):
         more = len(found) > limit
         return abc.Page(found[:limit], cursor_of(found[limit - 1].number) if more else None)
 
-    def of_files(self, *, session_id: str | None = None, workspace_id: str | None = None) -> Sequence[Snapshot]:
-        """Every snapshot of a session, or of all sessions in one persistent workspace, newest first."""
+    def of_files(
+        self, *, session_id: str | None = None, workspace_id: str | None = None, owner: str | None = None
+    ) -> Sequence[Snapshot]:
+        """Every snapshot of a session, of all sessions in one persistent workspace, or of one user, newest first."""
         s = tables.snapshots.c
         which = s.workspace_id == workspace_id if workspace_id is not None else s.session_id == session_id
+        if owner is not None:
+            sessions, named = tables.sessions.c, tables.workspaces.c
+            which = s.session_id.in_(sa.select(sessions.id).where(sessions.owner == owner))
+            which |= s.workspace_id.in_(sa.select(named.id).where(named.owner == owner))
         return [Snapshot.model_validate(row) for row in self._all(self._query(which))]
+
+    def older(self, before: datetime, *, limit: int) -> Sequence[Snapshot]:
+        """So many of those taken before a moment, but never the newest of the same files; the oldest first."""
+        s, later = tables.snapshots, tables.snapshots.alias()
+        own = s.c.workspace_id.is_(None) & (later.c.session_id == s.c.session_id)
+        same = own | (later.c.workspace_id == s.c.workspace_id)
+        newer = sa.select(later.c.id).where(same, later.c.number > s.c.number).exists()
+        query = sa.select(*_SNAPSHOT_COLUMNS).where(s.c.created_at < before, newer).order_by(s.c.number).limit(limit)
+        return [Snapshot.model_validate(row) for row in self._all(query)]
 
     def of_turn(self, turn_id: str) -> Snapshot | None:
         """The newest that was taken after this turn, or None."""
