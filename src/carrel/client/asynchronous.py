@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from pydantic import BaseModel
 
 from carrel.client import calls
+from carrel.client.asynchronous_files import AsyncArtifacts, AsyncFiles, AsyncSnapshots, AsyncWorkspaces
 from carrel.client.calls import Call, Listing
 from carrel.client.connection import Connection
 from carrel.client.responses import error_of, unreachable
@@ -22,13 +25,12 @@ from carrel.client.types import (
     Environment,
     EnvironmentStatus,
     Event,
-    FileEntry,
     Frame,
+    Interaction,
     Message,
-    NamedWorkspace,
+    NetworkReport,
     Secret,
     Session,
-    Snapshot,
     Turn,
     UsageReport,
     User,
@@ -39,7 +41,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["AsyncCarrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot, Secret)
+M = TypeVar("M", bound=BaseModel)
 
 
 class AsyncCarrel:
@@ -79,6 +81,8 @@ class AsyncCarrel:
         self.events = AsyncEvents(wire)
         self.files = AsyncFiles(wire)
         self.snapshots = AsyncSnapshots(wire)
+        self.artifacts = AsyncArtifacts(wire)
+        self.interactions = AsyncInteractions(wire)
         self.workspaces = AsyncWorkspaces(wire)
         self.environments = AsyncEnvironments(wire)
         self.secrets = AsyncSecrets(wire)
@@ -254,6 +258,10 @@ class AsyncSessions:
         """Go back to the end of a turn, or of the last one that had ended by an event: conversation and files."""
         return await self._wire.send(calls.rewind_session(session_id, turn_id, seq, files))
 
+    async def network(self, session_id: str, *, cursor: str | None = None, limit: int | None = None) -> NetworkReport:
+        """What the session may reach beside the gateway, and what it has asked for: a page of it, the newest first."""
+        return await self._wire.send(calls.get_network(session_id, cursor, limit))
+
     def export(self, session_id: str) -> AsyncGenerator[bytes, None]:
         """Everything of the session: lines of JSON, in chunks that end anywhere."""
         return self._wire.chunks(calls.export_session(session_id))
@@ -330,76 +338,46 @@ class AsyncEvents:
         return self._wire.frames(stream)
 
 
-class AsyncFiles:
-    """The files of a session's workspace, by their path relative to it."""
+class AsyncInteractions:
+    """What waits for a person: calls that want to be allowed, questions, plans."""
 
     def __init__(self, wire: _Wire) -> None:
         self._wire = wire
 
     def list(
-        self, session_id: str, path: str = "", *, recursive: bool = True, page_size: int | None = None
-    ) -> AsyncIterator[FileEntry]:
-        """Everything in the workspace, or below the folder `path`, sorted by path."""
-        return self._wire.items(calls.list_files(session_id, path, recursive, page_size))
+        self, session_id: str | None = None, *, status: str | None = None, page_size: int | None = None
+    ) -> AsyncIterator[Interaction]:
+        """What sessions of the caller, or this one, have asked people, oldest first; `status`: such as `pending`."""
+        return self._wire.items(calls.list_interactions(session_id, status, page_size))
 
-    async def read(self, session_id: str, path: str) -> bytes:
-        """A file's content."""
-        return await self._wire.send(calls.read_file(session_id, path))
+    async def get(self, interaction_id: str) -> Interaction:
+        """The interaction as it is now."""
+        return await self._wire.send(calls.get_interaction(interaction_id))
 
-    async def write(self, session_id: str, path: str, content: bytes | str) -> FileEntry:
-        """Write a file whole, making the folders it needs."""
-        data = content.encode() if isinstance(content, str) else content
-        return await self._wire.send(calls.write_file(session_id, path, data))
+    async def answer(
+        self, interaction_id: str, decision: str, *, idempotency_key: str | None = None, **options: Any
+    ) -> Interaction:
+        """Answer it: `allow` or `deny`. Of several answers at once one counts, the others raise InteractionResolved.
 
-    async def delete(self, session_id: str, path: str) -> None:
-        """Delete a file, or a folder with all that is in it."""
-        await self._wire.send(calls.delete_file(session_id, path))
+        `options`: updated_input, answers (of a question), message, stop.
+        """
+        return await self._wire.send(calls.answer_interaction(interaction_id, decision, options, idempotency_key))
 
+    async def wait(
+        self, session_id: str | None = None, *, timeout_seconds: float | None = None, poll_seconds: float = 0.5
+    ) -> Interaction:
+        """Wait until something waits for a person, and answer the oldest that does.
 
-class AsyncSnapshots:
-    """What is kept of the files of sessions."""
-
-    def __init__(self, wire: _Wire) -> None:
-        self._wire = wire
-
-    def list(self, session_id: str, *, page_size: int | None = None) -> AsyncIterator[Snapshot]:
-        """Every snapshot of the session, newest first."""
-        return self._wire.items(calls.list_snapshots(session_id, page_size))
-
-    async def take(self, session_id: str) -> Snapshot:
-        """Take one now."""
-        return await self._wire.send(calls.take_snapshot(session_id))
-
-    async def restore(self, session_id: str, snapshot_id: str) -> Session:
-        """Put the session's files back to a snapshot; its conversation stays."""
-        return await self._wire.send(calls.restore_snapshot(session_id, snapshot_id))
-
-
-class AsyncWorkspaces:
-    """Persistent workspaces: files that sessions open by a name, and that outlive them."""
-
-    def __init__(self, wire: _Wire) -> None:
-        self._wire = wire
-
-    async def create(self, name: str, *, idempotency_key: str | None = None, **options: Any) -> NamedWorkspace:
-        """Make a workspace. `options`: mode (`lock` or `share`), quota_mb."""
-        return await self._wire.send(calls.create_workspace(name, options, idempotency_key))
-
-    async def get(self, workspace_id: str) -> NamedWorkspace:
-        """The workspace as it is now."""
-        return await self._wire.send(calls.get_workspace(workspace_id))
-
-    def list(self, *, page_size: int | None = None) -> AsyncIterator[NamedWorkspace]:
-        """Every workspace of the caller, newest first."""
-        return self._wire.items(calls.list_workspaces(page_size))
-
-    async def update(self, workspace_id: str, **changes: Any) -> NamedWorkspace:
-        """Change mode or quota_mb."""
-        return await self._wire.send(calls.update_workspace(workspace_id, changes))
-
-    async def delete(self, workspace_id: str) -> None:
-        """Delete it for good, with its files. Raises WorkspaceInUse while sessions have it."""
-        await self._wire.send(calls.delete_workspace(workspace_id))
+        Raises:
+            TimeoutError: nothing has within `timeout_seconds`.
+        """
+        until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            async for found in self.list(session_id, status="pending", page_size=1):
+                return found
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError("nothing waits for a person")
+            await asyncio.sleep(poll_seconds)
 
 
 class AsyncEnvironments:

@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
+from pydantic import BaseModel
 
 from carrel.client import calls
+from carrel.client.blocking_files import Artifacts, Files, Snapshots, Workspaces
 from carrel.client.calls import Call, Listing
 from carrel.client.connection import Connection
 from carrel.client.responses import error_of, unreachable
@@ -22,13 +24,12 @@ from carrel.client.types import (
     Environment,
     EnvironmentStatus,
     Event,
-    FileEntry,
     Frame,
+    Interaction,
     Message,
-    NamedWorkspace,
+    NetworkReport,
     Secret,
     Session,
-    Snapshot,
     Turn,
     UsageReport,
     User,
@@ -39,7 +40,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Carrel"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot, Secret)
+M = TypeVar("M", bound=BaseModel)
 
 
 class Carrel:
@@ -79,6 +80,8 @@ class Carrel:
         self.events = Events(wire)
         self.files = Files(wire)
         self.snapshots = Snapshots(wire)
+        self.artifacts = Artifacts(wire)
+        self.interactions = Interactions(wire)
         self.workspaces = Workspaces(wire)
         self.environments = Environments(wire)
         self.secrets = Secrets(wire)
@@ -251,6 +254,10 @@ class Sessions:
         """Go back to the end of a turn, or of the last one that had ended by an event: conversation and files."""
         return self._wire.send(calls.rewind_session(session_id, turn_id, seq, files))
 
+    def network(self, session_id: str, *, cursor: str | None = None, limit: int | None = None) -> NetworkReport:
+        """What the session may reach beside the gateway, and what it has asked for: a page of it, the newest first."""
+        return self._wire.send(calls.get_network(session_id, cursor, limit))
+
     def export(self, session_id: str) -> Generator[bytes, None, None]:
         """Everything of the session: lines of JSON, in chunks that end anywhere."""
         return self._wire.chunks(calls.export_session(session_id))
@@ -327,76 +334,46 @@ class Events:
         return self._wire.frames(stream)
 
 
-class Files:
-    """The files of a session's workspace, by their path relative to it."""
+class Interactions:
+    """What waits for a person: calls that want to be allowed, questions, plans."""
 
     def __init__(self, wire: _Wire) -> None:
         self._wire = wire
 
     def list(
-        self, session_id: str, path: str = "", *, recursive: bool = True, page_size: int | None = None
-    ) -> Iterator[FileEntry]:
-        """Everything in the workspace, or below the folder `path`, sorted by path."""
-        return self._wire.items(calls.list_files(session_id, path, recursive, page_size))
+        self, session_id: str | None = None, *, status: str | None = None, page_size: int | None = None
+    ) -> Iterator[Interaction]:
+        """What sessions of the caller, or this one, have asked people, oldest first; `status`: such as `pending`."""
+        return self._wire.items(calls.list_interactions(session_id, status, page_size))
 
-    def read(self, session_id: str, path: str) -> bytes:
-        """A file's content."""
-        return self._wire.send(calls.read_file(session_id, path))
+    def get(self, interaction_id: str) -> Interaction:
+        """The interaction as it is now."""
+        return self._wire.send(calls.get_interaction(interaction_id))
 
-    def write(self, session_id: str, path: str, content: bytes | str) -> FileEntry:
-        """Write a file whole, making the folders it needs."""
-        data = content.encode() if isinstance(content, str) else content
-        return self._wire.send(calls.write_file(session_id, path, data))
+    def answer(
+        self, interaction_id: str, decision: str, *, idempotency_key: str | None = None, **options: Any
+    ) -> Interaction:
+        """Answer it: `allow` or `deny`. Of several answers at once one counts, the others raise InteractionResolved.
 
-    def delete(self, session_id: str, path: str) -> None:
-        """Delete a file, or a folder with all that is in it."""
-        self._wire.send(calls.delete_file(session_id, path))
+        `options`: updated_input, answers (of a question), message, stop.
+        """
+        return self._wire.send(calls.answer_interaction(interaction_id, decision, options, idempotency_key))
 
+    def wait(
+        self, session_id: str | None = None, *, timeout_seconds: float | None = None, poll_seconds: float = 0.5
+    ) -> Interaction:
+        """Wait until something waits for a person, and answer the oldest that does.
 
-class Snapshots:
-    """What is kept of the files of sessions."""
-
-    def __init__(self, wire: _Wire) -> None:
-        self._wire = wire
-
-    def list(self, session_id: str, *, page_size: int | None = None) -> Iterator[Snapshot]:
-        """Every snapshot of the session, newest first."""
-        return self._wire.items(calls.list_snapshots(session_id, page_size))
-
-    def take(self, session_id: str) -> Snapshot:
-        """Take one now."""
-        return self._wire.send(calls.take_snapshot(session_id))
-
-    def restore(self, session_id: str, snapshot_id: str) -> Session:
-        """Put the session's files back to a snapshot; its conversation stays."""
-        return self._wire.send(calls.restore_snapshot(session_id, snapshot_id))
-
-
-class Workspaces:
-    """Persistent workspaces: files that sessions open by a name, and that outlive them."""
-
-    def __init__(self, wire: _Wire) -> None:
-        self._wire = wire
-
-    def create(self, name: str, *, idempotency_key: str | None = None, **options: Any) -> NamedWorkspace:
-        """Make a workspace. `options`: mode (`lock` or `share`), quota_mb."""
-        return self._wire.send(calls.create_workspace(name, options, idempotency_key))
-
-    def get(self, workspace_id: str) -> NamedWorkspace:
-        """The workspace as it is now."""
-        return self._wire.send(calls.get_workspace(workspace_id))
-
-    def list(self, *, page_size: int | None = None) -> Iterator[NamedWorkspace]:
-        """Every workspace of the caller, newest first."""
-        return self._wire.items(calls.list_workspaces(page_size))
-
-    def update(self, workspace_id: str, **changes: Any) -> NamedWorkspace:
-        """Change mode or quota_mb."""
-        return self._wire.send(calls.update_workspace(workspace_id, changes))
-
-    def delete(self, workspace_id: str) -> None:
-        """Delete it for good, with its files. Raises WorkspaceInUse while sessions have it."""
-        self._wire.send(calls.delete_workspace(workspace_id))
+        Raises:
+            TimeoutError: nothing has within `timeout_seconds`.
+        """
+        until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            for found in self.list(session_id, status="pending", page_size=1):
+                return found
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError("nothing waits for a person")
+            time.sleep(poll_seconds)
 
 
 class Environments:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel
 
 from carrel.client.responses import EXTRA, model_of, nothing, object_of
 from carrel.client.types import (
     ApiKey,
+    Artifact,
     BudgetState,
     BudgetStates,
+    Diff,
     Environment,
     EnvironmentStatus,
     FileEntry,
+    Interaction,
     Message,
     NamedWorkspace,
+    NetworkReport,
     Page,
+    Patch,
     Secret,
     Session,
     Snapshot,
     Turn,
+    UnpackedArchive,
     UsageReport,
     User,
 )
@@ -33,7 +40,7 @@ from carrel.protocol.results import TurnResult
 __all__ = ["Call", "Listing"]
 
 T = TypeVar("T")
-M = TypeVar("M", Session, Turn, FileEntry, ApiKey, User, Message, NamedWorkspace, Environment, Snapshot, Secret)
+M = TypeVar("M", bound=BaseModel)
 
 API = "/api/v1"
 EVENT_STREAM = "text/event-stream"
@@ -50,7 +57,7 @@ class Call(Generic[T]):
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     json: Any = None
-    content: bytes | None = None
+    content: bytes | Iterable[bytes] | AsyncIterable[bytes] | None = None
     timeout: httpx.Timeout | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -252,6 +259,80 @@ def write_file(session_id: str, path: str, content: bytes) -> Call[FileEntry]:
 
 def delete_file(session_id: str, path: str) -> Call[None]:
     return Call("DELETE", _file(session_id, path), nothing)
+
+
+def upload_archive(
+    session_id: str, content: bytes | Iterable[bytes] | AsyncIterable[bytes], path: str, links: str
+) -> Call[UnpackedArchive]:
+    return Call(
+        "PUT",
+        _session(session_id, "archive"),
+        model_of(UnpackedArchive),
+        params={"path": path or None, "links": links},
+        content=content,
+        headers={"Content-Type": "application/octet-stream"},
+        timeout=_NO_LIMIT,
+    )
+
+
+def download_archive(session_id: str, path: str, format: str) -> Call[None]:
+    params = {"path": path or None, "format": format}
+    return Call("GET", _session(session_id, "archive"), nothing, params=params, timeout=_NO_LIMIT)
+
+
+def diff(session_id: str, snapshot_id: str | None) -> Call[Diff]:
+    params = {"snapshot": snapshot_id}
+    return Call("GET", _session(session_id, "diff"), model_of(Diff), params=params, timeout=_NO_LIMIT)
+
+
+def patch(session_id: str) -> Call[Patch]:
+    def read(response: httpx.Response) -> Patch:
+        return Patch(content=response.content, truncated=response.headers.get("X-Carrel-Truncated") == "true")
+
+    return Call("GET", _session(session_id, "diff"), read, params={"kind": "git"}, timeout=_NO_LIMIT)
+
+
+def create_artifact(session_id: str, path: str, idempotency_key: str | None) -> Call[Artifact]:
+    headers = _key(idempotency_key)
+    place = _session(session_id, "artifacts")
+    return Call("POST", place, model_of(Artifact), json={"path": path}, headers=headers, timeout=_NO_LIMIT)
+
+
+def list_artifacts(session_id: str, page_size: int | None) -> Listing[Artifact]:
+    return Listing(_session(session_id, "artifacts"), Artifact, {"limit": page_size})
+
+
+def read_artifact(session_id: str, artifact_id: str) -> Call[bytes]:
+    place = _session(session_id, "artifacts", _part(artifact_id))
+    return Call("GET", place, lambda response: response.content, timeout=_NO_LIMIT)
+
+
+def delete_artifact(session_id: str, artifact_id: str) -> Call[None]:
+    return Call("DELETE", _session(session_id, "artifacts", _part(artifact_id)), nothing)
+
+
+def get_network(session_id: str, cursor: str | None, limit: int | None) -> Call[NetworkReport]:
+    params = {"cursor": cursor, "limit": limit}
+    return Call("GET", _session(session_id, "network"), model_of(NetworkReport), params=params)
+
+
+# ----------------------------------------------------------------------------------------------------- interactions
+
+
+def list_interactions(session_id: str | None, status: str | None, page_size: int | None) -> Listing[Interaction]:
+    path = f"{API}/interactions" if session_id is None else _session(session_id, "interactions")
+    return Listing(path, Interaction, {"status": status, "limit": page_size})
+
+
+def get_interaction(interaction_id: str) -> Call[Interaction]:
+    return Call("GET", f"{API}/interactions/{_part(interaction_id)}", model_of(Interaction))
+
+
+def answer_interaction(
+    interaction_id: str, decision: str, options: Mapping[str, Any], idempotency_key: str | None
+) -> Call[Interaction]:
+    path, body = f"{API}/interactions/{_part(interaction_id)}/answer", {"decision": decision, **options}
+    return Call("POST", path, model_of(Interaction), json=body, headers=_key(idempotency_key))
 
 
 # ------------------------------------------------------------------------------------------------------- workspaces

@@ -13,21 +13,29 @@ from carrel.protocol.events import EVENT_TYPES, EventData
 
 __all__ = [
     "ApiKey",
+    "Artifact",
     "BudgetState",
     "BudgetStates",
+    "Change",
     "Delta",
+    "Diff",
     "Environment",
     "EnvironmentStatus",
     "Event",
     "FileEntry",
     "Frame",
+    "Interaction",
     "Message",
     "NamedWorkspace",
+    "NetworkReport",
+    "NetworkRequest",
     "Page",
+    "Patch",
     "Secret",
     "Session",
     "Snapshot",
     "Turn",
+    "UnpackedArchive",
     "UsageReport",
     "UsageRow",
     "User",
@@ -116,6 +124,94 @@ class Snapshot(_Told):
     stored_bytes: int
     files: int
     created_at: datetime
+
+
+class Artifact(_Told):
+    """A file that a session has published: kept as it was then."""
+
+    id: str
+    session_id: str
+    path: str
+    size: int
+    sha256: str
+    created_at: datetime
+
+
+class UnpackedArchive(_Told):
+    """What came of an archive."""
+
+    members: int
+    bytes: int
+    links_left_out: int = 0
+
+
+class Change(_Told):
+    """What has changed at one path."""
+
+    path: str
+    kind: str
+    """added, changed or removed."""
+    type: str
+    size_before: int | None = None
+    size_after: int | None = None
+
+
+class Diff(_Told):
+    """What has changed since a snapshot."""
+
+    snapshot_id: str
+    changes: list[Change]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """What has changed since git's last commit."""
+
+    content: bytes
+    truncated: bool
+    """Whether there is more than is told."""
+
+
+class NetworkRequest(_Told):
+    """What a session has asked for, with what verdict, and how often."""
+
+    host: str
+    port: int
+    verdict: str
+    reason: str
+    count: int
+    first_at: datetime
+    last_at: datetime
+
+
+class NetworkReport(_Told):
+    """What a session may reach beside the gateway, and what it has asked for."""
+
+    policy: str | dict[str, Any]
+    recorded: bool
+    data: list[NetworkRequest]
+    next_cursor: str | None = None
+
+
+class Interaction(_Told):
+    """Something that waits for a person, or has."""
+
+    id: str
+    session_id: str
+    turn_id: str | None = None
+    kind: str
+    tool: str
+    tool_use_id: str | None = None
+    input: dict[str, Any]
+    reason: str | None = None
+    status: str
+    """One of `carrel.model.InteractionStatus`, or a word that only a newer server knows."""
+    answer: dict[str, Any] | None = None
+    answered_by: str | None = None
+    created_at: datetime
+    expires_at: datetime | None = None
+    resolved_at: datetime | None = None
 
 
 class Secret(_Told):
