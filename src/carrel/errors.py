@@ -102,6 +102,7 @@
         ├── DataFolderInUse
         ├── IsolationUnavailable
         ├── EngineUnavailable
+        ├── EngineElsewhere
         ├── UnsafeConfiguration
         ├── MigrationRequired
         ├── ForeignDatabase
@@ -700,6 +701,10 @@ class IsolationUnavailable(OperatorError):
 
 class EngineUnavailable(OperatorError):
     """No Docker engine answers."""
+
+
+class EngineElsewhere(OperatorError):
+    """The Docker engine does not see this server's files, so it is on another host: sandboxes there are not possible yet."""
 
 
 class UnsafeConfiguration(OperatorError):

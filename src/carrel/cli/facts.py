@@ -156,10 +156,11 @@ def _cli_version(path: str) -> tuple[str | None, str | None]:
 
 async def _engine(settings: Settings) -> tuple[str | None, str | None, bool]:
     """Which engine answers, why none does, and whether the image of sandboxes is there."""
+    from carrel.cli.runtimes import engine_tls
     from carrel.runtimes.docker.engine import Engine, Refusal
 
     host = settings.docker.host
-    engine = Engine(host, wait_seconds=0.0)
+    engine = Engine(host, wait_seconds=0.0, tls=engine_tls(settings))
     try:
         async with AsyncExitStack() as stack:
             await engine.start(stack)

@@ -12,12 +12,12 @@ from carrel import abc
 from carrel.cli.data_folder import DataFolder
 from carrel.errors import OperatorError
 from carrel.runtimes.docker import Caps as ContainerCaps
-from carrel.runtimes.docker import ContainerOptions, DockerRuntime, DockerRuntimeOptions
+from carrel.runtimes.docker import ContainerOptions, DockerRuntime, DockerRuntimeOptions, EngineTls
 from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions
 from carrel.sessions.runtimes import Runtimes
 from carrel.settings import Settings
 
-__all__ = ["bundled_cli", "choose_runtimes"]
+__all__ = ["bundled_cli", "choose_runtimes", "engine_tls"]
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +84,7 @@ def _docker(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | 
         ),
         host=docker.host,
         wait_seconds=docker.wait_seconds,
+        tls=engine_tls(settings),
         data=settings.data,
         data_on_host=docker.data_on_host,
         read_only_paths=tuple(settings.read_only_paths),
@@ -96,6 +97,12 @@ def _docker(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | 
         disk_reserve_bytes=settings.limits.disk_reserve_mb * _MIB,
     )
     return DockerRuntime(options)
+
+
+def engine_tls(settings: Settings) -> EngineTls | None:
+    """How the engine is spoken to by TLS; None: it is not."""
+    docker = settings.docker
+    return None if docker.tls_ca is None else EngineTls(ca=docker.tls_ca, cert=docker.tls_cert, key=docker.tls_key)
 
 
 def bundled_cli() -> Path:

@@ -396,6 +396,11 @@ class Docker(Group):
         default="unix:///var/run/docker.sock",
         description="Where the engine is: a socket of this host's, or a proxy's before it (`tcp://socket-proxy:2375`).",
     )
+    tls_ca: Path | None = Field(
+        default=None, description="An engine at `tcp://` is spoken to by TLS: whose certificate (PEM) its own is of."
+    )
+    tls_cert: Path | None = Field(default=None, description="Our certificate, by which it knows us (PEM).")
+    tls_key: Path | None = Field(default=None, description="The key of our certificate (PEM).")
     image: str = Field(default=f"carrel-sandbox:{__version__}", description="What sandboxes are made of.")
     platform: str | None = Field(default=None, description="Such as `linux/arm64`; default: the engine's own.")
     oci_runtime: str | None = Field(default=None, description="Another runtime of the engine's, such as `runsc`.")
@@ -416,8 +421,25 @@ class Docker(Group):
     @classmethod
     def _is_local(cls, value: str) -> str:
         if not value.startswith(("unix:///", "tcp://")):
-            raise ValueError("must be unix:///PATH, or tcp://HOST:PORT of a proxy before an engine of this host")
+            raise ValueError(
+                "must be unix:///PATH, or tcp://HOST:PORT of an engine, or a proxy before it, of this host"
+            )
         return value
+
+    @field_validator("tls_ca", "tls_cert", "tls_key")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value is not None else None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Docker:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; give both or neither")
+        if self.tls_cert is not None and self.tls_ca is None:
+            raise ValueError("tls_cert needs tls_ca: who is told our name is to be known by its own")
+        if self.tls_ca is not None and not self.host.startswith("tcp://"):
+            raise ValueError("tls_ca is for a host at tcp://HOST:PORT")
+        return self
 
 
 class Observability(Group):

@@ -16,6 +16,7 @@ TESTS = Path(__file__).resolve().parents[2]
 
 _OBJECTS = "unit/cli/test_objects.py::"
 _CAPS = "integration/test_caps.py::"
+_TLS = "integration/test_docker_tls.py::"
 _DOCKER = "integration/test_docker.py::"
 _EFFECTS = "integration/test_settings_effects.py::"
 _KEPT = "integration/test_kept_files.py::"
@@ -43,6 +44,9 @@ EFFECTS: dict[str, str] = {
     "runtime": _DOCKER + "test_a_turn_with_tools_in_a_container_of_its_own",
     "runtimes": "unit/cli/test_runtimes.py::test_the_default_comes_first_then_those_beside_it",
     "docker.host": _DOCKER + "test_an_engine_that_is_away_is_waited_for_then_said_to_be",
+    "docker.tls_ca": _TLS + "test_a_turn_in_a_container_of_an_engine_that_is_spoken_to_by_tls",
+    "docker.tls_cert": _TLS + "test_a_turn_in_a_container_of_an_engine_that_is_spoken_to_by_tls",
+    "docker.tls_key": _TLS + "test_a_turn_in_a_container_of_an_engine_that_is_spoken_to_by_tls",
     "docker.wait_seconds": _DOCKER + "test_an_engine_that_is_away_is_waited_for_then_said_to_be",
     "docker.image": _DOCKER + "test_an_image_that_is_missing_is_named",
     "docker.data_on_host": _DOCKER + "test_the_host_may_have_the_data_folder_elsewhere",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 
 from carrel.errors import DiskFull, ImageMissing, InvalidSettings, RuntimeUnavailable, SandboxLaunchFailed
 
-__all__ = ["Engine", "Refusal"]
+__all__ = ["Engine", "EngineTls", "Refusal"]
 
 log = structlog.get_logger(__name__)
 
@@ -41,17 +44,43 @@ class Refusal(Exception):
         return SandboxLaunchFailed(operator_detail=str(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineTls:
+    """How an engine is spoken to by TLS."""
+
+    ca: Path
+    """Whose certificate its own is of."""
+    cert: Path | None = None
+    key: Path | None = None
+    """By which it knows us."""
+
+    def context(self) -> ssl.SSLContext:
+        """The same for a connection. Raises InvalidSettings where a file cannot be used."""
+        try:
+            context = ssl.create_default_context(cafile=str(self.ca))
+            if self.cert is not None:
+                context.load_cert_chain(str(self.cert), None if self.key is None else str(self.key))
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidSettings(
+                "docker.tls_ca, docker.tls_cert and docker.tls_key must be files in PEM that belong together",
+                operator_detail=repr(error),
+            ) from error
+        return context
+
+
 class Engine:
     """A connection to a Docker engine."""
 
-    def __init__(self, host: str, *, wait_seconds: float) -> None:
+    def __init__(self, host: str, *, wait_seconds: float, tls: EngineTls | None = None) -> None:
         """Name an engine; nothing is asked of it before `start`.
 
         Args:
             host: where it is, such as `unix:///var/run/docker.sock` or `tcp://socket-proxy:2375`.
             wait_seconds: how long a launch waits for one that is away.
+            tls: how it is spoken to there; None: in plain.
         """
         self.host = host
+        self._tls = tls
         self._wait_seconds = wait_seconds
         self._docker: Any = None
 
@@ -59,13 +88,17 @@ class Engine:
         """Open; closing is registered with `exit_stack`.
 
         Raises:
-            InvalidSettings: the extra is missing.
+            InvalidSettings: the extra is missing, or the files for TLS cannot be used.
         """
         try:
             import aiodocker
         except ImportError as error:
             raise InvalidSettings("runtime docker needs a package more: pip install 'carrel[docker]'") from error
-        self._docker = aiodocker.Docker(url=self.host)
+        if self._tls is None:
+            self._docker = aiodocker.Docker(url=self.host)
+        else:
+            url = self.host.replace("tcp://", "https://", 1)
+            self._docker = aiodocker.Docker(url=url, ssl_context=self._tls.context())
         exit_stack.push_async_callback(self._docker.close)
 
     async def _ask(self, asked: Awaitable[T], *, seconds: float = _CALL_SECONDS) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,12 +17,21 @@ from typing import Any
 import structlog
 
 from carrel import abc
-from carrel.errors import DiskFull, EngineUnavailable, InvalidSettings, RuntimeUnavailable, SandboxLaunchFailed
+from carrel.errors import (
+    DiskFull,
+    EngineElsewhere,
+    EngineUnavailable,
+    ImageMissing,
+    InvalidSettings,
+    RuntimeUnavailable,
+    SandboxLaunchFailed,
+)
+from carrel.model import SandboxTemplate, new_id
 from carrel.protocol.bootstrap import EGRESS_SOCKET, GATEWAY_PORT, Bootstrap, Road
 from carrel.runtimes import view
 from carrel.runtimes.docker import container
 from carrel.runtimes.docker.container import Bind, ContainerOptions
-from carrel.runtimes.docker.engine import Engine, Refusal
+from carrel.runtimes.docker.engine import Engine, EngineTls, Refusal
 from carrel.runtimes.docker.host_paths import HostPaths, own_container, own_mounts
 from carrel.runtimes.docker.usage import ended_of, usage_of
 
@@ -29,6 +39,9 @@ log = structlog.get_logger(__name__)
 
 _ALIVE = frozenset({"running", "paused", "restarting"})
 _ASKED_AT_ONCE = 8
+_NOBODY = 65534
+# Docker's words, then Podman's.
+_NO_SUCH_SOURCE = re.compile("bind source path does not exist|no such file or directory", re.IGNORECASE)
 _LOG_LINES = 1000
 _LISTEN_AGAIN_SECONDS = 1.0
 _LAUNCH_AGAIN_SECONDS = 0.25
@@ -49,6 +62,7 @@ class DockerRuntimeOptions:
     containers: ContainerOptions
     host: str = "unix:///var/run/docker.sock"
     wait_seconds: float = 30.0
+    tls: EngineTls | None = None
     data: Path | None = None
     """Our data folder, and where the engine's host has it; None: found out."""
     data_on_host: Path | None = None
@@ -72,7 +86,7 @@ class DockerRuntime(abc.Runtime):
     def __init__(self, options: DockerRuntimeOptions) -> None:
         """Make the runtime; no engine is asked before `start`."""
         self._options = options
-        self._engine = Engine(options.host, wait_seconds=options.wait_seconds)
+        self._engine = Engine(options.host, wait_seconds=options.wait_seconds, tls=options.tls)
         self._paths = HostPaths()
         self._labels = container.labels_of(options.installation)
         # Which met their cap of memory and go on: an engine says so once, and not when it is asked.
@@ -86,14 +100,51 @@ class DockerRuntime(abc.Runtime):
             await self._engine.wait()
             self._paths = await self._host_paths()
             await self._look_at_the_engine()
+            for place in (self._options.link_folder, self._options.gateway_folder, self._options.folder):
+                self._paths.of(place)
+            if self._options.host.startswith("tcp://"):
+                await self._see_that_it_is_here()
         except (RuntimeUnavailable, Refusal) as error:
             raise EngineUnavailable(
                 f"No Docker engine answers at {self._options.host} as it should. Start it, let this user reach it (or its "
                 "proxy make all the calls of docs/docker.md), name another with docker.host, or choose runtime: local.",
                 operator_detail=str(error),
             ) from error
-        for place in (self._options.link_folder, self._options.gateway_folder, self._options.folder):
-            self._paths.of(place)
+
+    async def _see_that_it_is_here(self) -> None:
+        """Have a container made, and never started, that is shown a file which we have just written."""
+        options, probe = self._options, f"probe-{new_id()}"
+        folder = options.folder / probe
+        folder.mkdir(mode=0o700)
+        file = folder / "probe"
+        file.touch()
+        name = container.name_of(probe)
+        wanted = container.config(
+            sandbox_id=probe,
+            session_id="",
+            installation=options.installation,
+            user=(_NOBODY, _NOBODY),
+            template=SandboxTemplate(),
+            options=options.containers,
+            binds=[(self._paths.of(file), Bind(file, "/probe"))],
+        )
+        try:
+            await self._engine.create(name, wanted, platform=options.containers.platform)
+        except ImageMissing:  # said already, and without it nothing is launched
+            return
+        except SandboxLaunchFailed as error:
+            if _NO_SUCH_SOURCE.search(error.operator_detail or "") is None:
+                log.warning("docker.files_not_checked", detail=error.operator_detail)
+                return
+            raise EngineElsewhere(
+                f"The Docker engine at {options.host} does not see {file}, which is in this server's data folder, so it "
+                "is not an engine of this host, or has the folder elsewhere. Run Carrel beside its engine, or say with "
+                "docker.data_on_host where the engine's host has the data folder.",
+                operator_detail=error.operator_detail,
+            ) from error
+        finally:
+            await self._engine.remove(name)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _host_paths(self) -> HostPaths:
         options = self._options
