@@ -1,9 +1,11 @@
-"""New sessions from a warm pool, one after the other; and twenty at once that start cold."""
+"""New sessions from a warm pool, one after the other; and twenty at once that start cold: as processes, and as containers."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from asyncio.subprocess import PIPE
+from pathlib import Path
 
 from benchmarks.figures import Figure, Summary
 from benchmarks.first_token import PROMPT, Trial
@@ -13,10 +15,11 @@ _WAIT_SECONDS = 1.5
 """A pool is filled while nobody is in a hurry: what is measured is not the filling."""
 
 
-async def pool(bench: Bench) -> list[Figure]:
+async def pool(bench: Bench, runtime: str = "local") -> list[Figure]:
     """Create a session and get its first token, beside the first turn of a client that is connected already."""
     trial, cold = Trial(bench), 0
-    async with bench.server(warm_pool=3) as server, bench.bare() as bare:
+    data = bench.folder("data")
+    async with bench.server(data, runtime=runtime, warm_pool=3) as server, bench.bare() as bare:
         connection = await server.connect()
         await asyncio.sleep(3 * _WAIT_SECONDS)
 
@@ -41,14 +44,18 @@ async def pool(bench: Bench) -> list[Figure]:
         cold = 0
         await alternately(bench.times(100, 3), of_carrel, of_bare)
         await connection.close()
-    note = f"bare: the first query of a client that is connected; {cold} found the pool empty"
-    return [trial.figure("first_token.pool", "create a session, first token, warm pool", note)]
+    note = (
+        f"bare: the first query of a client that is connected; {cold} found the pool empty{await _left(data, runtime)}"
+    )
+    what = f"create a session, first token, warm pool{_of(runtime)}"
+    return [trial.figure(f"first_token.pool{_key(runtime)}", what, note)]
 
 
-async def at_once(bench: Bench) -> list[Figure]:
+async def at_once(bench: Bench, runtime: str = "local") -> list[Figure]:
     """Twenty sessions at once, each with its first prompt, no pool."""
     samples: list[float] = []
-    async with bench.server() as server:
+    data = bench.folder("data")
+    async with bench.server(data, runtime=runtime) as server:
 
         async def one() -> None:
             connection = await server.connect()
@@ -65,11 +72,11 @@ async def at_once(bench: Bench) -> list[Figure]:
         for _ in range(bench.times(3, 1)):
             await asyncio.gather(*(one() for _ in range(bench.times(20, 4))))
         left = len(server.sandbox_processes())
-    note = f"{left} processes of sandboxes left"
+    note = f"{left} processes of sandboxes left" + await _left(data, runtime)
     return [
         Figure(
-            key="first_token.cold.20",
-            what="create a session, first token, 20 at once cold",
+            key=f"first_token.cold.20{_key(runtime)}",
+            what=f"create a session, first token, 20 at once cold{_of(runtime)}",
             unit="ms",
             carrel=Summary.of(samples),
             note=note,
@@ -77,4 +84,34 @@ async def at_once(bench: Bench) -> list[Figure]:
     ]
 
 
+async def docker_pool(bench: Bench) -> list[Figure]:
+    """The same with a container for every session."""
+    return await pool(bench, "docker")
+
+
+async def docker_at_once(bench: Bench) -> list[Figure]:
+    """The same with a container for every session."""
+    return await at_once(bench, "docker")
+
+
+def _key(runtime: str) -> str:
+    return "" if runtime == "local" else f".{runtime}"
+
+
+def _of(runtime: str) -> str:
+    return "" if runtime == "local" else ", containers"
+
+
+async def _left(data: Path, runtime: str) -> str:
+    """How many containers there are when the server has ended."""
+    if runtime != "docker":
+        return ""
+    label = f"label=carrel.installation={(data / 'installation').read_text().strip()}"
+    listing = await asyncio.create_subprocess_exec("docker", "ps", "-aq", "--filter", label, stdout=PIPE)
+    names = (await listing.communicate())[0].split()
+    return f"; {len(names)} containers when the server has ended"
+
+
 MEASUREMENTS = {"pool": pool, "at_once": at_once}
+CONTAINERS = {"docker_pool": docker_pool, "docker_at_once": docker_at_once}
+"""These want an engine with the images, and are asked for by name."""
