@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -221,6 +222,39 @@ async def test_a_turn_that_is_to_go_on_does_so_in_a_new_container(api: Any) -> N
     found = await ended(api, session, turn)
     assert found["status"] == "succeeded", found
     assert found["text"].startswith("at last")
+
+
+async def test_work_outlives_its_container_and_its_disk_and_goes_on_elsewhere(start_docker: Any, require: Any) -> None:
+    require("bubblewrap")
+    api = await start_docker(runtimes=["local"])
+    session = await api.session()
+    await api.run(session, "[[bash: echo kept > kept]]")
+    folder = api.server.data / "sessions" / session
+
+    async def snapshot() -> Any:
+        return (await api.ask("GET", f"/sessions/{session}/snapshots"))["data"]
+
+    (kept,) = await api.until("it is kept", snapshot)
+    turn = await api.send(
+        session,
+        "[[bash: echo begun > making; mv making begun; sleep 6]] [[bash: cat kept; ls]]",
+        on_sandbox_lost="continue",
+    )
+    await until_exists(folder / "workspace" / "begun")
+    name = await the_container(api)
+    shutil.rmtree(folder)
+    await docker("kill", name)
+    found = await ended(api, session, turn)
+    assert found["status"] == "succeeded", found
+    assert found["tool_calls"][-1]["result"].startswith("kept\n")
+    restored = [event["data"] for event in await api.events(session) if event["type"] == "workspace.restored"]
+    assert [(each["snapshot_id"], each["seq"]) for each in restored] == [(kept["id"], kept["seq"])]
+    await api.ask("PUT", "/environments/outside", json={"runtime": "local"})
+    await api.ask("PATCH", f"/sessions/{session}", json={"environment": "outside"})
+    await api.ask("POST", f"/sessions/{session}/stop")
+    await api.ask("POST", f"/sessions/{session}/resume")
+    shutil.rmtree(folder)
+    assert await bash(api, session, "cat kept") == "kept", "in another runtime, on another disk"
 
 
 async def test_one_that_eats_its_memory_is_told_so(start_docker: Any) -> None:
