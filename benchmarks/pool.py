@@ -20,16 +20,17 @@ async def pool(bench: Bench, runtime: str = "local") -> list[Figure]:
     trial, cold = Trial(bench), 0
     data = bench.folder("data")
     async with bench.server(data, runtime=runtime, warm_pool=3) as server, bench.bare() as bare:
-        connection = await server.connect()
         await asyncio.sleep(3 * _WAIT_SECONDS)
 
         async def of_carrel() -> None:
             nonlocal cold
+            connection = await server.connect()  # one that rests for seconds is closed by the server
             since = time.time()
             made = await connection.ask("POST", "/api/v1/sessions", {})
             cold += made["status"] != "ready"
             await trial.of_carrel(connection, str(made["id"]), since)
             await connection.ask("DELETE", f"/api/v1/sessions/{made['id']}")
+            await connection.close()
             await asyncio.sleep(_WAIT_SECONDS)
 
         async def of_bare() -> None:
@@ -43,7 +44,6 @@ async def pool(bench: Bench, runtime: str = "local") -> list[Figure]:
         trial.forget()
         cold = 0
         await alternately(bench.times(100, 3), of_carrel, of_bare)
-        await connection.close()
     note = (
         f"bare: the first query of a client that is connected; {cold} found the pool empty{await _left(data, runtime)}"
     )
