@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 
 from carrel.abc import Excess
-from carrel.errors import EngineUnavailable, InvalidSettings
+from carrel.errors import (
+    CarrelError,
+    DiskFull,
+    EngineUnavailable,
+    InvalidSettings,
+    RuntimeUnavailable,
+    SandboxLaunchFailed,
+)
 from carrel.model import HostFolder, NetworkPolicy, Resources, SandboxTemplate
 from carrel.protocol.engine_calls import CALLS
 from carrel.runtimes.docker import Caps, ContainerOptions, DockerRuntime, DockerRuntimeOptions, container
 from carrel.runtimes.docker.container import Bind
+from carrel.runtimes.docker.engine import Refusal
 from carrel.runtimes.docker.host_paths import HostPaths, own_mounts
 from carrel.runtimes.docker.usage import ended_of, usage_of
 
@@ -154,6 +162,18 @@ def test_what_has_ended_takes_nothing_but_may_say_of_what() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ engine
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "told"),
+    [
+        (400, "invalid mount config", SandboxLaunchFailed),
+        (500, "failed to update store for object type *libnetwork.endpoint", RuntimeUnavailable),
+        (500, "write /var/lib/docker/x: no space left on device", DiskFull),
+    ],
+)
+def test_what_a_launch_is_told_of_a_refusal(status: int, message: str, told: type[CarrelError]) -> None:
+    assert type(Refusal(status, message).told()) is told
 
 
 async def test_without_an_engine_the_start_says_what_to_do(tmp_path: Path) -> None:

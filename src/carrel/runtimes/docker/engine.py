@@ -41,6 +41,9 @@ class Refusal(Exception):
         """What a launch is told."""
         if "no space left on device" in str(self):
             return DiskFull(operator_detail=str(self))
+        if self.status >= 500:
+            # It could not, which is not for what was asked: an engine that is ending answers so until it is gone.
+            return RuntimeUnavailable(operator_detail=str(self))
         return SandboxLaunchFailed(operator_detail=str(self))
 
 

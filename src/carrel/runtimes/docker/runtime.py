@@ -132,6 +132,8 @@ class DockerRuntime(abc.Runtime):
             await self._engine.create(name, wanted, platform=options.containers.platform)
         except ImageMissing:  # said already, and without it nothing is launched
             return
+        except RuntimeUnavailable:
+            raise
         except SandboxLaunchFailed as error:
             if _NO_SUCH_SOURCE.search(error.operator_detail or "") is None:
                 log.warning("docker.files_not_checked", detail=error.operator_detail)
