@@ -223,6 +223,7 @@ async def _build(
         workspaces=settings.data / "workspaces",
         first_uid=settings.first_sandbox_uid if own_users else None,
         make_user_directories=settings.users.auto_create_dir,
+        environments=settings.data / "environments",
     )
     allow_bypass = runtimes.isolated or settings.allow_bypass_without_isolation
     scheduler: Scheduler

@@ -346,6 +346,9 @@ class Owner:
     # ------------------------------------------------------------------------------------------------ with a sandbox
 
     async def _with_sandbox(self, session: Session, view: steps.View, sandbox: Sandbox) -> float | None:
+        if view.live is None and steps.outdated(session, sandbox):
+            await self._store.write(lambda tx: steps.replace(tx, session.id, sandbox.id))
+            return 0.0
         link = self._hub.link(sandbox.id)
         failed = self._hub.take_failure(sandbox.id)
         if failed is not None:
@@ -495,6 +498,8 @@ class Owner:
         if not waiting or waiting[0].id != turn.id:
             return None
         if sandbox is None or sandbox.id != sandbox_id or sandbox.status is not SandboxStatus.LIVE:
+            return None
+        if steps.outdated(session, sandbox):
             return None
         if self._keeper.holds(session.id):
             return None
