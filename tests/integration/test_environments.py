@@ -109,6 +109,18 @@ async def test_skills_and_plugins_of_an_environment_are_its_sessions_alone(start
     assert str(plugin) not in str(shown) + str(await api.events(inside))
 
 
+@pytest.mark.requires("docker", "images")
+async def test_an_image_that_the_engine_lacks_is_a_problem(start: Any) -> None:
+    api = await start(runtime="docker")
+    await api.ask("PUT", "/environments/away", 201, json={"sandbox": {"image": "nowhere.invalid/nothing:1"}})
+    await api.ask("PUT", "/environments/here", 201, json={"description": "as the settings say"})
+    codes = [
+        [each["code"] for each in (await api.ask("POST", f"/environments/{name}/start"))["problems"]]
+        for name in ("away", "here")
+    ]
+    assert codes == [["image_missing"], []]
+
+
 async def test_without_a_key_setting_a_secret_is_refused(start: Any) -> None:
     api = await start()
     refused = await api.ask("PUT", "/secrets/TOKEN", 409, json={"value": VALUE})

@@ -120,6 +120,10 @@ class EnvironmentLife:
             self._check_environment(environment)
         except CarrelError as error:
             problems.append(_told(error))
+        if environment.spec.runtime in (None, *self._runtimes.names):
+            lacking = await self._runtimes.named(environment.spec.runtime).lacks(environment.spec.sandbox)
+            if lacking is not None:
+                problems.append(_told(lacking))
         try:
             await self._check_secrets(environment.spec)
         except CarrelError as error:
@@ -137,6 +141,8 @@ class EnvironmentLife:
             return None if problem is None else _told(problem)
         if server.get("type", "stdio") != "stdio":
             return None if await self._reachable(server["url"]) else _told(McpServerUnreachable(name))
+        if environment.spec.runtime not in (None, *self._runtimes.names):
+            return None
         runtime = self._runtimes.named(environment.spec.runtime)
         return _told(McpServerMissing(name)) if runtime.finds(server["command"]) is False else None
 

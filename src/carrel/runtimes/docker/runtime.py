@@ -16,7 +16,16 @@ from typing import Any
 import structlog
 
 from carrel import abc
-from carrel.errors import DiskFull, EngineUnavailable, InvalidSettings, RuntimeUnavailable, SandboxLaunchFailed
+from carrel.errors import (
+    CarrelError,
+    DiskFull,
+    EngineUnavailable,
+    ImageMissing,
+    InvalidSettings,
+    RuntimeUnavailable,
+    SandboxLaunchFailed,
+)
+from carrel.model import SandboxTemplate
 from carrel.protocol.bootstrap import EGRESS_SOCKET, GATEWAY_PORT, Bootstrap, Road
 from carrel.runtimes import view
 from carrel.runtimes.docker import container
@@ -118,6 +127,14 @@ class DockerRuntime(abc.Runtime):
         if not await self._engine.has_image(wall.image):
             log.warning("docker.image_missing", image=wall.image, remedy="scripts/build-images")
         log.info("docker.engine", version=info.get("ServerVersion"), driver=info.get("Driver"), image=wall.image)
+
+    async def lacks(self, template: SandboxTemplate) -> CarrelError | None:
+        """Whether the engine answers, and has the image."""
+        try:
+            there = await self._engine.has_image(template.image or self._options.containers.image)
+        except (RuntimeUnavailable, Refusal):
+            return RuntimeUnavailable()
+        return None if there else ImageMissing()
 
     # --------------------------------------------------------------------------------------------------------- launch
 
