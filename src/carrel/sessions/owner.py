@@ -346,8 +346,11 @@ class Owner:
     # ------------------------------------------------------------------------------------------------ with a sandbox
 
     async def _with_sandbox(self, session: Session, view: steps.View, sandbox: Sandbox) -> float | None:
-        if view.live is None and steps.outdated(session, sandbox):
-            await self._store.write(lambda tx: steps.replace(tx, session.id, sandbox.id))
+        if (
+            view.live is None
+            and steps.outdated(session, sandbox)
+            and await self._store.write(lambda tx: steps.replace(tx, session.id, sandbox.id))
+        ):
             return 0.0
         link = self._hub.link(sandbox.id)
         failed = self._hub.take_failure(sandbox.id)

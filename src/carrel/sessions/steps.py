@@ -237,15 +237,16 @@ def outdated(session: Session, sandbox: Sandbox) -> bool:
     return sandbox.environment not in (None, _version_of(session))
 
 
-def replace(tx: abc.Transaction, session_id: str, sandbox_id: str) -> None:
-    """Have an outdated sandbox end before it is given another turn. A turn at work ends in it."""
+def replace(tx: abc.Transaction, session_id: str, sandbox_id: str) -> bool:
+    """Have an outdated sandbox end before it is given another turn. A turn at work ends in it. Whether it goes."""
     session, sandbox = tx.sessions.get(session_id), tx.sandboxes.current(session_id)
     if session is None or sandbox is None or sandbox.id != sandbox_id or not outdated(session, sandbox):
-        return
+        return False
     if tx.turns.live(session_id) is not None or session.status not in (SessionStatus.READY, SessionStatus.STARTING):
-        return
+        return False
     tx.sandboxes.update(sandbox_id, status=SandboxStatus.ENDING)
     transitions.set_status(tx, session, SessionStatus.IDLE)
+    return True
 
 
 def lose(tx: abc.Transaction, session_id: str, failure: Failure | None = None) -> None:
