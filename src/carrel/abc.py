@@ -21,7 +21,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from carrel.errors import StoreOutcomeUnknown, StoreUnavailable
+from carrel.errors import CarrelError, StoreOutcomeUnknown, StoreUnavailable
 from carrel.model import (
     ApiKey,
     Artifact,
@@ -162,6 +162,10 @@ class Runtime(ABC):
 
     def finds(self, command: str) -> bool | None:
         """Whether there is such a command in a sandbox; None where that cannot be known without making one."""
+        return None
+
+    async def lacks(self, template: SandboxTemplate) -> CarrelError | None:
+        """What would keep such a sandbox from being launched at this moment, as far as can be seen without one."""
         return None
 
     @abstractmethod

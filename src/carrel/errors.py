@@ -74,6 +74,7 @@
     │   ├── ObjectStoreUnavailable      503
     │   ├── OutOfMemory                 503
     │   ├── UpstreamUnreachable         503
+    │   ├── LoginExpired                503
     │   └── MissingCredential           503
     ├── TurnFailure                     (how a turn can fail; told in the turn, never as a status of HTTP)
     │   ├── SandboxLost
@@ -569,6 +570,15 @@ class MissingCredential(Unavailable):
     """No credential for the model is set, so no turn can run. \
 Set ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN, or CLAUDE_CODE_OAUTH_TOKEN) for the server and restart it, \
 or try Carrel without one: `carrel serve --model-upstream scripted`."""
+
+
+class LoginExpired(Unavailable):
+    """The login of an environment has ended."""
+
+    def __init__(self, environment: str) -> None:
+        super().__init__(
+            f"The login of the environment {environment} has ended; sign in again: carrel env login {environment}"
+        )
 
 
 class TurnFailure(CarrelError):

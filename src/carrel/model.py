@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     WithJsonSchema,
     field_validator,
     model_serializer,
@@ -432,6 +433,11 @@ class SandboxTemplate(Frozen):
     mounts: tuple[HostFolder, ...] = ()
     resources: Resources = Resources()
     network: NetworkPolicy | None = Field(default=None, description="None: what the settings say.")
+    plugins: tuple[Annotated[str, StringConstraints(pattern="^/", max_length=4096)], ...] | None = Field(
+        default=None,
+        max_length=100,
+        description="Folders of Claude Code's plugins on the server's host, for its agents.",
+    )
     variables: dict[str, str] = Field(default={}, repr=False, description="For the environment of the agent.")
 
 
@@ -633,6 +639,9 @@ class Sandbox(Frozen):
     link_token_hash: str
     agent_token_hash: str
     network: NetworkPolicy | None = Field(default=None, description="What it was launched with; None: `gateway-only`.")
+    environment: str | None = Field(
+        default=None, description="The version it was launched for, as `name:version`; None: an earlier release's."
+    )
     created_at: datetime
     ended_at: datetime | None = None
 

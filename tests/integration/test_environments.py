@@ -85,6 +85,42 @@ async def test_a_secret_reaches_the_agent_and_stands_nowhere_else(
     assert VALUE not in said.out + said.err
 
 
+async def test_skills_and_plugins_of_an_environment_are_its_sessions_alone(start: Any, tmp_path: Path) -> None:
+    api = await start()
+    plugin, skill = tmp_path / "review", api.server.data / "environments/review/.claude/skills/greet/SKILL.md"
+    for path, text in {
+        plugin / ".claude-plugin/plugin.json": '{"name": "review", "version": "1.0.0", "description": "Reviews."}',
+        plugin / "skills/look/SKILL.md": "---\nname: look\ndescription: Looks.\n---\nSay MARIGOLD.\n",
+        skill: "---\nname: greet\ndescription: Greets people.\n---\nSay PERIWINKLE.\n",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    await api.ask("PUT", "/environments/review", 201, json={"sandbox": {"plugins": [str(plugin)]}, "warm_pool": 0})
+    inside, outside = await api.session(environment="review"), await api.session()
+    calls = '[[tool: Skill | {"skill": "greet"}]] [[tool: Skill | {"skill": "review:look"}]]'
+    found = await api.run(inside, calls)
+    assert [each["is_error"] for each in found["tool_calls"]] == [False, False], found
+    known = (await api.until_event(inside, "agent.initialised"))["data"]["skills"]
+    assert {"greet", "review:look"} <= set(known)
+    await api.run(outside, "[[say: hello]]")
+    known = (await api.until_event(outside, "agent.initialised"))["data"]["skills"]
+    assert not {"greet", "review:look"} & set(known)
+    shown = await api.ask("GET", f"/sessions/{inside}")
+    assert str(plugin) not in str(shown) + str(await api.events(inside))
+
+
+@pytest.mark.requires("docker", "images")
+async def test_an_image_that_the_engine_lacks_is_a_problem(start: Any) -> None:
+    api = await start(runtime="docker")
+    await api.ask("PUT", "/environments/away", 201, json={"sandbox": {"image": "nowhere.invalid/nothing:1"}})
+    await api.ask("PUT", "/environments/here", 201, json={"description": "as the settings say"})
+    codes = [
+        [each["code"] for each in (await api.ask("POST", f"/environments/{name}/start"))["problems"]]
+        for name in ("away", "here")
+    ]
+    assert codes == [["image_missing"], []]
+
+
 async def test_without_a_key_setting_a_secret_is_refused(start: Any) -> None:
     api = await start()
     refused = await api.ask("PUT", "/secrets/TOKEN", 409, json={"value": VALUE})

@@ -162,6 +162,16 @@ async def test_whatever_the_network_of_its_sandboxes(start: Any, site: Site, net
     assert "tea costs 42" in str(result["tool_calls"][0]["result"])
 
 
+@pytest.mark.requires("docker", "images")
+async def test_in_a_container_too(start: Any, site: Site) -> None:
+    api = await opened(start, site, runtime="docker")
+    session = await api.session(environment="shop")
+    result = await api.run(session, '[[tool: mcp__shop__price | {"article": "tea"}]] [[bash: env]]')
+    price, environment = (str(each["result"]) for each in result["tool_calls"])
+    assert "tea costs 42" in price
+    assert VALUE not in environment
+
+
 async def test_without_a_wall_too(start: Any, site: Site) -> None:
     api = await opened(start, site, isolation="none")
     session = await api.session(environment="shop", permission_mode="dontAsk", allowed_tools=["mcp__shop__price"])

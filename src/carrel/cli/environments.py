@@ -1,4 +1,4 @@
-"""`carrel env`: apply, list, show, delete and export environments; start and stop them, and see how they do. `carrel secrets`: set, list, delete."""
+"""`carrel env`: apply, list, show, delete and export environments; start and stop them, see how they do, sign in for one. `carrel secrets`: set, list, delete."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 
 from carrel.cli.context import context_of
 from carrel.cli.keys import AsJson
+from carrel.cli.logins import login, logout
 from carrel.cli.output import clean, print_json, print_table, when
 from carrel.client import Carrel, EnvironmentStatus
 from carrel.errors import EnvironmentNotFound, OperatorError
@@ -24,6 +25,10 @@ secrets = typer.Typer(help="Set, list and delete secrets of environments.", no_a
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The environment.")]
 Version = Annotated[int | None, typer.Option("--version", help="Which version. (default: the newest)")]
+
+
+app.command("login")(login)
+app.command("logout")(logout)
 
 
 @app.command("apply")

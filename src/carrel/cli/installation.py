@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _DATABASE = "carrel.db"
 _OWN_FILES = ("admin.key", "config.yaml", ".env")
-_TREES = ("sessions", "users")
+_TREES = ("sessions", "users", "workspaces", "environments")
 
 
 def save(settings: Settings, target: Path) -> tuple[Manifest, list[str]]:
@@ -53,6 +53,8 @@ def save(settings: Settings, target: Path) -> tuple[Manifest, list[str]]:
             archive.add_path(name, settings.data / name)
         archive.add_tree("sessions", settings.data / "sessions")
         archive.add_tree("users", users)
+        archive.add_tree("workspaces", settings.data / "workspaces")
+        archive.add_tree("environments", settings.data / "environments")
     return archive.manifest, archive.skipped
 
 

@@ -28,6 +28,7 @@ from carrel.cli.direct import check_direct, direct_environment
 from carrel.cli.drain import drain
 from carrel.cli.kept_files import KeptFiles
 from carrel.cli.listening import listen, serve_link, serve_unix
+from carrel.cli.logins import logins_of
 from carrel.cli.runtimes import choose_runtimes
 from carrel.cli.seen import Seen, build_edges, configure_logs
 from carrel.cli.storage import open_store
@@ -37,6 +38,7 @@ from carrel.mcp_gateway import McpGateway
 from carrel.model import Isolation, utc_now
 from carrel.model_gateway import credentials, scripted
 from carrel.model_gateway.app import ModelGateway
+from carrel.model_gateway.logins import Logins
 from carrel.model_gateway.meter import Meter
 from carrel.model_gateway.prices import Prices
 from carrel.protocol.bootstrap import EGRESS_SOCKET
@@ -199,7 +201,8 @@ async def _build(
         poke=lambda session_id: scheduler.poke(session_id),
     )
     await meter.settle_stale(utc_now())
-    gateway = ModelGateway(store, meter, source, client)
+    logins = logins_of(settings) if settings.credentials != "direct" else None
+    gateway = ModelGateway(store, meter, source, client, logins)
     stack.push_async_callback(gateway.close)
     secrets = Secrets(store, Keyring.of_text(_secret(settings.secrets_key) or ""))
     await secrets.start()
@@ -212,7 +215,18 @@ async def _build(
     await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)
     isolation = settings.isolation or Isolation.BUBBLEWRAP
     direct = direct_environment(settings)
-    check_model = source.headers if direct is None else lambda: check_direct(direct)
+
+    def check_model(environment: str) -> None:
+        if direct is not None:
+            check_direct(direct)
+        elif logins is None or not logins.has(environment):
+            source.headers()
+
+    async def check_credential(environment: str) -> None:
+        if logins is None or await logins.headers(environment) is None:
+            check_model(environment)
+
+    _say_logins(logins)
     defaults = SessionSpec.model_validate(settings.defaults.model_dump(exclude={"ttl_seconds"}))
     runtimes = await choose_runtimes(settings, folder, store, direct)
     await runtimes.start(stack)
@@ -223,6 +237,7 @@ async def _build(
         workspaces=settings.data / "workspaces",
         first_uid=settings.first_sandbox_uid if own_users else None,
         make_user_directories=settings.users.auto_create_dir,
+        environments=settings.data / "environments",
     )
     allow_bypass = runtimes.isolated or settings.allow_bypass_without_isolation
     scheduler: Scheduler
@@ -318,7 +333,7 @@ async def _build(
         pool,
         runtimes,
         scheduler,
-        check_model=check_model,
+        check_model=check_credential,
         check_environment=lambda environment: fits(environment.spec),
         check_secrets=secrets.opened,
         check_server=mcp.problem,
@@ -429,6 +444,12 @@ async def answers(url: str) -> bool:
 
 def _secret(value: Any) -> str | None:
     return value.get_secret_value() if value is not None else None
+
+
+def _say_logins(logins: Logins | None) -> None:
+    for name in logins.names() if logins is not None else ():
+        why = "sessions of this environment use the operator's own subscription: for a single operator alone"
+        log.warning("environment.login", environment=name, why=why)
 
 
 def _say(settings: Settings, url: str, key: AdminKey | None, source: Any) -> None:

@@ -24,6 +24,7 @@ from carrel import abc
 from carrel.errors import CarrelError, SessionNotFound, StoreUnavailable, TurnFailure, UpstreamUnreachable
 from carrel.model import Sandbox
 from carrel.model_gateway.bounds import ModelRequest
+from carrel.model_gateway.logins import Logins
 from carrel.model_gateway.meter import Grant, Meter, Reading
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,7 @@ class ModelGateway:
         meter: Meter,
         credentials: abc.CredentialSource,
         client: httpx.AsyncClient,
+        logins: Logins | None = None,
     ) -> None:
         """Make the gateway.
 
@@ -70,11 +72,13 @@ class ModelGateway:
             meter: told what each request took.
             credentials: the real credential.
             client: its base URL is the upstream.
+            logins: credentials of environments, which take the real one's place for their sessions.
         """
         self._store = store
         self._meter = meter
         self._credentials = credentials
         self._client = client
+        self._logins = logins
         self._late: set[asyncio.Task[None]] = set()
 
     def app(self, beside: Sequence[Route] = ()) -> Starlette:
@@ -173,13 +177,14 @@ class ModelGateway:
     async def _take(self, request: Request) -> tuple[Sandbox, Mapping[str, str], bytes] | Response:
         """Who asks, the credential that is to be used, and the body; or what the asker is refused with."""
         try:
-            sandbox = await self._sandbox(request)
+            found = await self._sandbox(request)
         except StoreUnavailable as error:
             return _away(error)
-        if sandbox is None:
+        if found is None:
             return _unknown_token()
+        sandbox, environment = found
         try:
-            credential = self._credentials.headers()
+            credential = await self._credential(environment)
         except CarrelError as error:
             return _problem(401, "authentication_error", error.message)
         try:
@@ -254,13 +259,26 @@ class ModelGateway:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
-    async def _sandbox(self, request: Request) -> Sandbox | None:
+    async def _credential(self, environment: str) -> Mapping[str, str]:
+        login = await self._logins.headers(environment) if self._logins is not None else None
+        return self._credentials.headers() if login is None else login
+
+    async def _sandbox(self, request: Request) -> tuple[Sandbox, str] | None:
+        """Who asks, and the environment of their session."""
         # Looked up each time: a token ends with its sandbox, and not a moment later.
         token = _token(request.headers)
         if token is None:
             return None
         digest = sha256(token.encode()).hexdigest()
-        return await self._store.read(lambda tx: tx.sandboxes.by_agent_token(digest))
+
+        def work(tx: abc.Transaction) -> tuple[Sandbox, str] | None:
+            sandbox = tx.sandboxes.by_agent_token(digest)
+            if sandbox is None:
+                return None
+            # What it was launched for, which its session may have left since; earlier releases did not say.
+            return sandbox, (sandbox.environment or "").rpartition(":")[0]
+
+        return await self._store.read(work)
 
 
 def _headers(request: Request, credential: Mapping[str, str]) -> dict[str, str]:

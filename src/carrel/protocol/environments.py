@@ -183,7 +183,7 @@ class EnvironmentSpec(Options):
     def without_inner_facts(self) -> EnvironmentSpec:
         """What a user who is no admin is shown: no folders of the host, no values of variables, no headers."""
         hidden = dict.fromkeys(self.sandbox.variables, _HIDDEN)
-        sandbox = self.sandbox.model_copy(update={"mounts": (), "variables": hidden})
+        sandbox = self.sandbox.model_copy(update={"mounts": (), "plugins": None, "variables": hidden})
         servers = self.options.mcp_servers
         shown = None if servers is None else {name: _without_values(server) for name, server in servers.items()}
         variables = self.options.env_vars

@@ -28,7 +28,7 @@ class EnvironmentLife:
         runtimes: Runtimes,
         scheduler: Scheduler,
         *,
-        check_model: Callable[[], object],
+        check_model: Callable[[str], Awaitable[object]],
         check_environment: Callable[[Environment], object],
         check_secrets: Callable[[EnvironmentSpec], Awaitable[object]],
         check_server: Callable[[EnvironmentSpec, str], Awaitable[CarrelError | None]],
@@ -42,7 +42,7 @@ class EnvironmentLife:
             pool: filled when an environment is started, emptied when it is stopped.
             runtimes: know which commands there are in a sandbox.
             scheduler: has sessions looked at.
-            check_model: raises a CarrelError while no turn could reach the model.
+            check_model: raises a CarrelError while no turn of this environment could reach the model.
             check_environment: raises a CarrelError for what this installation cannot give.
             check_secrets: raises SecretMissing for a secret of the environment that cannot be had.
             check_server: what is wrong with an MCP server that the gateway answers for.
@@ -112,11 +112,18 @@ class EnvironmentLife:
     async def _problems(self, environment: Environment) -> list[Failure]:
         """Whatever would keep a session of this environment from working as it should, as far as it can be seen."""
         problems = []
-        for check in (self._check_model, lambda: self._check_environment(environment)):
-            try:
-                check()
-            except CarrelError as error:
-                problems.append(_told(error))
+        try:
+            await self._check_model(environment.name)
+        except CarrelError as error:
+            problems.append(_told(error))
+        try:
+            self._check_environment(environment)
+        except CarrelError as error:
+            problems.append(_told(error))
+        if environment.spec.runtime in (None, *self._runtimes.names):
+            lacking = await self._runtimes.named(environment.spec.runtime).lacks(environment.spec.sandbox)
+            if lacking is not None:
+                problems.append(_told(lacking))
         try:
             await self._check_secrets(environment.spec)
         except CarrelError as error:
@@ -134,6 +141,8 @@ class EnvironmentLife:
             return None if problem is None else _told(problem)
         if server.get("type", "stdio") != "stdio":
             return None if await self._reachable(server["url"]) else _told(McpServerUnreachable(name))
+        if environment.spec.runtime not in (None, *self._runtimes.names):
+            return None
         runtime = self._runtimes.named(environment.spec.runtime)
         return _told(McpServerMissing(name)) if runtime.finds(server["command"]) is False else None
 

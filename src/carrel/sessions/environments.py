@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from carrel import abc
@@ -141,6 +142,9 @@ def check_environment(
     if spec.runtime is not None and spec.runtime not in runtimes.names:
         raise ValidationFailed(f"runtime: there is no {spec.runtime} on this server, but {', '.join(runtimes.names)}")
     runtimes.named(spec.runtime).check(spec.sandbox)
+    for folder in spec.sandbox.plugins or ():
+        if "\0" in folder or not Path(folder, ".claude-plugin", "plugin.json").is_file():
+            raise ValidationFailed(f"sandbox.plugins: {folder!r} is no folder with a .claude-plugin/plugin.json")
     if spec.options.permission_mode is PermissionMode.BYPASS and not allow_bypass:
         raise ValidationFailed("options.permission_mode: bypassPermissions is refused where sandboxes are not isolated")
     network = spec.sandbox.network

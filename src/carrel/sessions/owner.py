@@ -137,7 +137,7 @@ class Owner:
         hub: Hub,
         admission: Admission,
         *,
-        check_model: Callable[[], object],
+        check_model: Callable[[str], object],
         run_blocking: Callable[..., Any],
         options: OwnerOptions,
         keeper: Keeper,
@@ -151,7 +151,7 @@ class Owner:
             folders: where files are.
             hub: who is connected.
             admission: says when a turn may go to work.
-            check_model: raises a CarrelError while no turn could reach the model.
+            check_model: raises a CarrelError while no turn of this environment could reach the model.
             run_blocking: runs a function that waits for the disk in another thread.
             options: time limits.
             keeper: keeps files, and puts them back.
@@ -242,7 +242,7 @@ class Owner:
             await self._store.write(lambda tx: self._fail_if_spent(tx, view.queued[0].id))
             return 0.0
         try:
-            self._check_model()
+            self._check_model(session.environment)
         except CarrelError as error:
             await self._fail_all(session.id, error, stop_reason=StopReason.ERROR)
             return 0.0
@@ -346,6 +346,12 @@ class Owner:
     # ------------------------------------------------------------------------------------------------ with a sandbox
 
     async def _with_sandbox(self, session: Session, view: steps.View, sandbox: Sandbox) -> float | None:
+        if (
+            view.live is None
+            and steps.outdated(session, sandbox)
+            and await self._store.write(lambda tx: steps.replace(tx, session.id, sandbox.id))
+        ):
+            return 0.0
         link = self._hub.link(sandbox.id)
         failed = self._hub.take_failure(sandbox.id)
         if failed is not None:
@@ -495,6 +501,8 @@ class Owner:
         if not waiting or waiting[0].id != turn.id:
             return None
         if sandbox is None or sandbox.id != sandbox_id or sandbox.status is not SandboxStatus.LIVE:
+            return None
+        if steps.outdated(session, sandbox):
             return None
         if self._keeper.holds(session.id):
             return None

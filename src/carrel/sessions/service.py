@@ -280,6 +280,8 @@ class SessionService:
             return tx.sessions.update(session_id, title=updated.title)
 
         session = await self._store.write(work)
+        if given & _OF_ENVIRONMENT:
+            self._scheduler.poke(session_id)  # a sandbox of another version takes no more turns
         if options & LIVE_FIELDS:
             await self._owner.apply_live_options(session)
         return session

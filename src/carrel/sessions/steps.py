@@ -138,6 +138,7 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
             link_token_hash=token_hash(spec.link_token),
             agent_token_hash=token_hash(spec.agent_token),
             network=spec.template.network,
+            environment=_version_of(session),
             created_at=utc_now(),
         )
     )
@@ -222,6 +223,27 @@ def evict(tx: abc.Transaction, session_id: str, sandbox_id: str, admission: Admi
         return False
     if session.reserved is not None:
         return discard(tx, session_id)
+    tx.sandboxes.update(sandbox_id, status=SandboxStatus.ENDING)
+    transitions.set_status(tx, session, SessionStatus.IDLE)
+    return True
+
+
+def _version_of(session: Session) -> str:
+    return f"{session.environment}:{session.environment_version}"
+
+
+def outdated(session: Session, sandbox: Sandbox) -> bool:
+    """Whether the sandbox was launched for another version of an environment than the session is in by now."""
+    return sandbox.environment not in (None, _version_of(session))
+
+
+def replace(tx: abc.Transaction, session_id: str, sandbox_id: str) -> bool:
+    """Have an outdated sandbox end before it is given another turn. A turn at work ends in it. Whether it goes."""
+    session, sandbox = tx.sessions.get(session_id), tx.sandboxes.current(session_id)
+    if session is None or sandbox is None or sandbox.id != sandbox_id or not outdated(session, sandbox):
+        return False
+    if tx.turns.live(session_id) is not None or session.status not in (SessionStatus.READY, SessionStatus.STARTING):
+        return False
     tx.sandboxes.update(sandbox_id, status=SandboxStatus.ENDING)
     transitions.set_status(tx, session, SessionStatus.IDLE)
     return True

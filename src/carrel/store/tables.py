@@ -179,6 +179,7 @@ sandboxes = sa.Table(
     sa.Column("link_token_hash", sa.String(64), nullable=False),
     sa.Column("agent_token_hash", sa.String(64), nullable=False, unique=True),
     sa.Column("network", sa.JSON(none_as_null=True)),
+    sa.Column("environment", sa.String(80)),
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("ended_at", Moment),
     sa.Index("ix_sandboxes_session_id_generation", "session_id", "generation"),

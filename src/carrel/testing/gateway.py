@@ -154,7 +154,7 @@ class FakeGateway:
             self.folders,
             self.hub,
             self.admission,
-            check_model=check_model,
+            check_model=lambda environment: check_model(),
             run_blocking=asyncio.to_thread,
             options=owner_options,
             keeper=self.keeper,
@@ -197,12 +197,16 @@ class FakeGateway:
             self.store, self.objects, self.keeper, run_blocking=asyncio.to_thread, max_bytes=2**20
         )
         self.diffs = Diffs(self.store, None, self.folders, run_blocking=asyncio.to_thread)
+
+        async def checked_model(environment: str) -> None:
+            check_model()
+
         self.life = EnvironmentLife(
             self.store,
             self.pool,
             self.runtimes,
             self.scheduler,
-            check_model=check_model,
+            check_model=checked_model,
             check_environment=lambda environment: None,
             check_secrets=secrets.opened,
             check_server=check_server,

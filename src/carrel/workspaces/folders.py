@@ -18,7 +18,14 @@ class Folders:
     """A folder per session under one root, a directory per user under another, persistent workspaces under a third."""
 
     def __init__(
-        self, root: Path, *, users: Path, workspaces: Path, first_uid: int | None, make_user_directories: bool = True
+        self,
+        root: Path,
+        *,
+        users: Path,
+        workspaces: Path,
+        first_uid: int | None,
+        make_user_directories: bool = True,
+        environments: Path | None = None,
     ) -> None:
         """Look after the folders under `root`, `users` and `workspaces`.
 
@@ -28,12 +35,14 @@ class Folders:
             workspaces: the same, for persistent workspaces.
             first_uid: where each session has a user of its own, the first of their ids; None where all are ours.
             make_user_directories: whether a user's directory that is not there is made.
+            environments: where what is set up for environments lies, by their names; it need not be there.
         """
         self._root = root
         self._users = users
         self._workspaces = workspaces
         self._first_uid = first_uid
         self._make_user_directories = make_user_directories
+        self._environments = environments
 
     def workspace(self, session: Session) -> Path:
         """Where the session's files are."""
@@ -59,7 +68,7 @@ class Folders:
         return uid, uid
 
     def make(self, session: Session) -> None:
-        """Make both, if they are not there, and show the agent what its user has set up for every session.
+        """Make both, if they are not there, and show the agent what is set up for its user and its environment.
 
         No agent of the session may be at work.
 
@@ -67,10 +76,13 @@ class Folders:
             WorkspaceMissing: the user's directory is not there, and none is made.
         """
         self._make_both(session)
-        if session.reserved is not None:
-            return  # nobody's yet: what a user has set up is shown to sessions of theirs alone
+        sources: dict[str, WorkspaceFiles] = {}
+        if session.reserved is None:  # else nobody's yet: what a user has set up is shown to sessions of theirs alone
+            sources["user"] = WorkspaceFiles(self._users / session.owner, within=self._users)
+        if self._environments is not None:
+            sources[f"environment {session.environment}"] = WorkspaceFiles(self._environments / session.environment)
         show_user_config(
-            WorkspaceFiles(self._users / session.owner, within=self._users),
+            sources,
             WorkspaceFiles(self.home(session), owner=self.owner(session)),
             self._root / session.id / "user-config.json",
         )

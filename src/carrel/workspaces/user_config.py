@@ -1,7 +1,8 @@
-"""What a user has set up for all of their sessions: skills, sub-agents, commands, CLAUDE.md, settings.
+"""What is set up for all sessions of a user or an environment: skills, sub-agents, commands, CLAUDE.md, settings.
 
-It lies in the `.claude` folder of the user's own directory, and is shown to each agent as its `~/.claude`. It is copied
-when an agent is started, so that a session moves between hosts and runtimes with what it was started with.
+It lies in the `.claude` folder of the user's own directory, or of the environment's, and is shown to each agent as its
+`~/.claude`. It is copied when an agent is started, so that a session moves between hosts and runtimes with what it was
+started with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from carrel.errors import CarrelError
@@ -21,28 +23,34 @@ _MAX_BYTES = 64 * 2**20
 _CHUNK = 2**20
 
 
-def show_user_config(source: WorkspaceFiles, home: WorkspaceFiles, record: Path) -> None:
-    """Bring what stands in the home up to date with what the user has set up. No agent may be at work there.
+def show_user_config(sources: Mapping[str, WorkspaceFiles], home: WorkspaceFiles, record: Path) -> None:
+    """Bring what stands in the home up to date with what is set up for it. No agent may be at work there.
 
     Args:
-        source: the user's own directory; it need not be there.
+        sources: directories with a `.claude`, by what they are called in the record; where two have the same file, the
+            later is shown. None need be there.
         home: the agent's home.
         record: a file of ours that remembers what was copied, so that only what has changed is copied again.
     """
     before = json.loads(record.read_text()) if record.is_file() else {}
-    found = {entry.path: [entry.size, entry.modified_at.timestamp(), entry.mode] for entry in _files(source)}
-    if found == before:
+    found: dict[str, tuple[str, FileEntry]] = {}
+    for name, source in sources.items():
+        found |= {entry.path: (name, entry) for entry in _files(source)}
+    states = {
+        path: [entry.size, entry.modified_at.timestamp(), entry.mode, name] for path, (name, entry) in found.items()
+    }
+    if states == before:
         return
     for path in before.keys() - found.keys():
         with contextlib.suppress(CarrelError):  # the agent has removed it, or put something else there
             home.delete(path)
     copied = {}
-    for path, state in found.items():
+    for path, (name, entry) in found.items():
         # What cannot be copied (a file that went away, a folder of the agent's in its place) is left out.
         with contextlib.suppress(CarrelError):
-            if before.get(path) != state:
-                _copy(source, home, path, int(state[2]))
-            copied[path] = state
+            if before.get(path) != states[path]:
+                _copy(sources[name], home, path, entry.mode)
+            copied[path] = states[path]
     record.write_text(json.dumps(copied))
 
 

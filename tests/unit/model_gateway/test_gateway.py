@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from carrel.model import (
 )
 from carrel.model_gateway.app import ModelGateway
 from carrel.model_gateway.credentials import NotNeeded
+from carrel.model_gateway.logins import Logins
 from carrel.model_gateway.meter import Meter
 from carrel.model_gateway.prices import Prices
 from carrel.store import SqliteStore
@@ -54,11 +56,13 @@ class Upstream:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.credentials: list[str | None] = []
         self.answer: Callable[[], Response] = lambda: JSONResponse({"model": MODEL, "usage": USAGE})
         self.hold: asyncio.Event | None = None
 
     async def handle(self, request: Request) -> Response:
         self.asked.append(await request.json())
+        self.credentials.append(request.headers.get("authorization"))
         if self.hold is not None:
             await self.hold.wait()
         return self.answer()
@@ -86,6 +90,7 @@ class Road:
         self.store = store
         self.upstream = upstream
         self.poked: list[str] = []
+        self.logins: Logins | None = None
 
     async def open(self, stack: AsyncExitStack, *, wait_seconds: float = 5.0, **budgets: Budget) -> None:
         route = Route("/v1/{path:path}", self.upstream.handle, methods=["POST"])
@@ -98,7 +103,7 @@ class Road:
             poke=self.poked.append,
             wait_seconds=wait_seconds,
         )
-        gateway = ModelGateway(self.store, self.meter, NotNeeded(), client)
+        gateway = ModelGateway(self.store, self.meter, NotNeeded(), client, self.logins)
         stack.push_async_callback(gateway.close)
         self.gateway = gateway
         self.http = await stack.enter_async_context(
@@ -131,6 +136,7 @@ class Road:
                     generation=1,
                     status=SandboxStatus.LIVE,
                     runtime="fake",
+                    environment=f"{session.environment}:{session.environment_version}",
                     link_token_hash="x",
                     agent_token_hash=sha256(token.encode()).hexdigest(),
                     created_at=now,
@@ -401,3 +407,25 @@ async def test_a_later_request_is_bounded_by_what_the_first_had(road: Road, stac
     # Of the 50,000 some 49,850 are left: twice forty thousand bytes would not fit beside 8,000 tokens of output.
     assert (await road.ask(headers, system=long)).status_code == 200
     assert road.upstream.asked[1]["max_tokens"] == 8_000
+
+
+async def test_the_login_of_an_environment_is_its_sessions_alone(
+    stack: AsyncExitStack, road: Road, tmp_path: Path
+) -> None:
+    for name, token, ends in (("dev", "login-of-dev-0123", 2e12), ("old", "login-of-old-0123", 1e12)):
+        (tmp_path / "logins" / name).mkdir(parents=True)
+        login = {"claudeAiOauth": {"accessToken": token, "expiresAt": ends}}
+        (tmp_path / "logins" / name / ".credentials.json").write_text(json.dumps(login))
+    road.logins = Logins(tmp_path / "logins", Path("/bin/true"))
+    await road.open(stack)
+    for environment in ("dev", "default"):
+        _, _, agent = await road.session(environment=environment, environment_version=1)
+        assert (await road.ask(agent)).status_code == 200
+    assert road.upstream.credentials == ["Bearer login-of-dev-0123", None]
+    _, _, agent = await road.session(environment="old", environment_version=1)
+    refused = await road.ask(agent)
+    assert refused.status_code == 401
+    assert "carrel env login old" in refused.text
+    road.upstream.answer = lambda: JSONResponse({"said": "login-of-dev-0123"}, status_code=400)
+    _, _, agent = await road.session(environment="dev", environment_version=1)
+    assert "login-of-dev" not in (await road.ask(agent)).text

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from carrel.errors import EnvironmentNotFound, EnvironmentStopped, MissingCredential
-from carrel.model import ADMIN, Principal, SessionStatus, TurnStatus
+from carrel.errors import CarrelError, EnvironmentNotFound, EnvironmentStopped, ImageMissing, MissingCredential
+from carrel.model import ADMIN, Principal, SandboxTemplate, SessionStatus, TurnStatus
 from carrel.protocol.environments import EnvironmentSpec, EnvironmentStatus
 from carrel.protocol.spec import CreateSession
 from carrel.sessions.owner import OwnerOptions
@@ -130,6 +130,23 @@ async def test_problems_have_codes(open_gateway: Any, host: FakeHost) -> None:
     ]
     assert "nowhere" in status.problems[1].message
     assert "down" in status.problems[2].message
+
+
+class RuntimeWithoutImages(FakeRuntime):
+    """Has none of the images that are asked for by name."""
+
+    async def lacks(self, template: SandboxTemplate) -> CarrelError | None:
+        return ImageMissing() if template.image is not None else None
+
+
+async def test_an_image_that_is_not_there_is_seen_before_anything_is_launched(
+    open_gateway: Any, host: FakeHost
+) -> None:
+    gateway = await open_gateway(wrap_runtime=lambda runtime: RuntimeWithoutImages(host))
+    await write(gateway, "dev", sandbox={"image": "nowhere:1"})
+    assert [each.code for each in (await gateway.life.start(ADMIN, "dev")).problems] == ["image_missing"]
+    await write(gateway, "dev", sandbox={})
+    assert (await gateway.life.status(ADMIN, "dev")).problems == []
 
 
 async def test_servers_of_the_settings_are_looked_at_too(host: FakeHost, tmp_path: Any) -> None:

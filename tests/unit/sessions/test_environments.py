@@ -15,7 +15,7 @@ from carrel.errors import (
     SessionLimitReached,
     ValidationFailed,
 )
-from carrel.model import ADMIN, Budget, PermissionMode, Principal
+from carrel.model import ADMIN, Budget, PermissionMode, Principal, SessionStatus
 from carrel.protocol.environments import Environment, EnvironmentSpec
 from carrel.protocol.spec import CreateSession, SessionSpec, UpdateSession
 from carrel.sessions.narrowing import NARROWING, agents_options, check_options
@@ -96,6 +96,58 @@ async def test_a_session_can_be_moved(gateway: FakeGateway) -> None:
     assert await move(environment=None) == ("default", 0)
     changed = [e.data for e in await gateway.log(session.id) if e.type == "session.updated"]
     assert changed[0]["at_next_launch"] == ["environment_version"]
+
+
+async def test_a_moved_session_has_the_other_rules_from_its_next_turn(gateway: FakeGateway, host: FakeHost) -> None:
+    await put(gateway, options={"permissions": {"allow": ["Bash"]}})
+    strict = await put(gateway, options={"permissions": {"deny": ["Bash"]}})
+    session = await gateway.create(environment="dev")
+    await gateway.service.update(ALICE, session.id, UpdateSession(environment_version=1))
+    held = await gateway.prompt(session.id, "hold")
+    await gateway.until(session.id, SessionStatus.RUNNING)
+    await gateway.service.update(ALICE, session.id, UpdateSession(environment_version=strict.version))
+    (before,) = host.alive
+    after = await gateway.prompt(session.id, "hello")
+    await gateway.service.interrupt(ALICE, session.id)
+    assert (await gateway.ended(held)).status == "interrupted"
+    assert (await gateway.ended(after)).status == "succeeded"
+    (now,) = host.alive
+    assert now is not before, "the turn at work ended where it was, and the next one had a new agent"
+    assert now.bind is not None
+    assert now.bind.spec.permission_rules().deny == ("Bash",)
+    assert now.bind.spec.permission_rules().allow == ()
+    await gateway.service.update(ALICE, session.id, UpdateSession(environment_version=1))
+    await gateway.until(session.id, SessionStatus.IDLE)
+    assert (await gateway.run(session.id, "hello")).status == "succeeded"
+    (last,) = host.alive
+    assert last.bind is not None
+    assert last.bind.spec.permission_rules().allow == ("Bash",)
+
+
+async def test_a_session_that_stays_keeps_its_agent(gateway: FakeGateway, host: FakeHost) -> None:
+    await put(gateway)
+    session = await gateway.create(environment="dev")
+    await gateway.run(session.id, "hello")
+    await gateway.service.update(ALICE, session.id, UpdateSession(environment="dev", title="the same"))
+    await put(gateway, options={"model": "opus"})
+    (one,) = host.alive
+    await gateway.run(session.id, "hello")
+    assert list(host.alive) == [one]
+
+
+async def test_plugins_are_folders_with_plugins(gateway: FakeGateway, host: FakeHost, tmp_path: Path) -> None:
+    folder = tmp_path / "review"
+    for wrong in (str(folder), "/x\0y"):
+        with pytest.raises(ValidationFailed, match="plugins"):
+            await put(gateway, sandbox={"plugins": [wrong]})
+    (folder / ".claude-plugin").mkdir(parents=True)
+    (folder / ".claude-plugin/plugin.json").write_text("{}")
+    environment = await put(gateway, sandbox={"plugins": [str(folder)]})
+    session = await gateway.create(environment="dev")
+    await gateway.run(session.id, "hello")
+    (one,) = host.alive
+    assert one.spec.template.plugins == (str(folder),)
+    assert str(tmp_path) not in str(environment.spec.without_inner_facts())
 
 
 async def test_what_the_settings_say_is_left_behind_with_their_environment(open_gateway: OpenGateway) -> None:

@@ -138,6 +138,37 @@ def test_what_has_changed_is_brought_up_to_date_and_the_agents_own_stays(folders
     assert set(record) == {".claude/CLAUDE.md", ".claude/skills/a/SKILL.md"}
 
 
+def test_what_is_set_up_for_an_environment_reaches_its_sessions_and_stands_before_the_users(tmp_path: Path) -> None:
+    folders = Folders(
+        tmp_path / "sessions",
+        users=tmp_path / "users",
+        workspaces=tmp_path / "workspaces",
+        environments=tmp_path / "environments",
+        first_uid=None,
+    )
+    claude(tmp_path, CLAUDE_md="the user's", rules__a_md="the user's")
+    shared = tmp_path / "environments/review/.claude"
+    (shared / "skills/greet").mkdir(parents=True)
+    (shared / "skills/greet/SKILL.md").write_text("say hi")
+    (shared / "CLAUDE.md").write_text("the environment's")
+    inside, outside = session().model_copy(update={"environment": "review"}), session()
+    nobodys = session().model_copy(update={"environment": "review", "reserved": "review:1"})
+    for item in (inside, outside, nobodys):
+        folders.make(item)
+    shown = {item.id: folders.home(item) / ".claude" for item in (inside, outside, nobodys)}
+    texts = {
+        id: {str(path.relative_to(home)): path.read_text() for path in home.rglob("*.md")} for id, home in shown.items()
+    }
+    theirs = {"CLAUDE.md": "the environment's", "skills/greet/SKILL.md": "say hi"}
+    assert texts[inside.id] == theirs | {"rules/a.md": "the user's"}
+    assert texts[outside.id] == {"CLAUDE.md": "the user's", "rules/a.md": "the user's"}
+    assert texts[nobodys.id] == theirs, "a sandbox of a warm pool is of its environment, and of no user"
+    folders.make(inside.model_copy(update={"environment": "default"}))
+    moved = {str(path.relative_to(shown[inside.id])) for path in shown[inside.id].rglob("*.md")}
+    assert moved == {"CLAUDE.md", "rules/a.md"}
+    assert (shown[inside.id] / "CLAUDE.md").read_text() == "the user's"
+
+
 def test_neither_side_of_the_copy_follows_a_link(folders: Folders, tmp_path: Path) -> None:
     source = claude(tmp_path, CLAUDE_md="x", skills__a__SKILL_md="a")
     secret = tmp_path / "secret"

@@ -18,6 +18,7 @@ import structlog
 
 from carrel import abc
 from carrel.errors import (
+    CarrelError,
     DiskFull,
     EngineElsewhere,
     EngineUnavailable,
@@ -172,6 +173,14 @@ class DockerRuntime(abc.Runtime):
             log.warning("docker.image_missing", image=wall.image, remedy="scripts/build-images")
         log.info("docker.engine", version=info.get("ServerVersion"), driver=info.get("Driver"), image=wall.image)
 
+    async def lacks(self, template: SandboxTemplate) -> CarrelError | None:
+        """Whether the engine answers, and has the image."""
+        try:
+            there = await self._engine.has_image(template.image or self._options.containers.image)
+        except (RuntimeUnavailable, Refusal):
+            return RuntimeUnavailable()
+        return None if there else ImageMissing()
+
     # --------------------------------------------------------------------------------------------------------- launch
 
     async def launch(self, spec: abc.LaunchSpec) -> AsyncIterator[dict[str, Any]]:
@@ -230,7 +239,7 @@ class DockerRuntime(abc.Runtime):
             Bind(folder / "group", "/etc/group"),
             *(Bind(Path(path), path) for path in options.read_only_paths),
         ]
-        plugins = {f"{view.PLUGINS}/{number}": path for number, path in enumerate(options.plugins, start=1)}
+        plugins = {f"{view.PLUGINS}/{number}": path for number, path in enumerate(_plugins(options, spec), start=1)}
         binds += [Bind(path, target) for target, path in plugins.items()]
         wanted = container.config(
             sandbox_id=spec.sandbox_id,
@@ -366,6 +375,10 @@ class DockerRuntime(abc.Runtime):
 def _told(bootstrap: Bootstrap) -> bytes:
     # Only what is not as usual: so an image of an earlier release understands it wherever it can give what is asked.
     return bootstrap.model_dump_json(exclude_defaults=True).encode() + b"\n"
+
+
+def _plugins(options: DockerRuntimeOptions, spec: abc.LaunchSpec) -> list[Path]:
+    return [*options.plugins, *(Path(path) for path in spec.template.plugins or ())]
 
 
 def _places(spec: abc.LaunchSpec) -> dict[str, tuple[int, int]]:

@@ -123,7 +123,7 @@ class LocalRuntime(abc.Runtime):
             gateway_folder=options.gateway_folder,
             cli=options.cli_path,
             owner=spec.owner,
-            plugins=options.plugins,
+            plugins=options.plugins + tuple(Path(path) for path in spec.template.plugins or ()),
             memory_bytes=options.caps.memory_bytes,
         )
         network = spec.template.network or options.network

@@ -134,6 +134,7 @@ def new_sandbox(session: Session, generation: int, status: SandboxStatus, **chan
         "status": status,
         "runtime": "fake",
         "state": {"pid": 1, "path": "/x"},
+        "environment": "dev:3",
         "link_token_hash": "l",
         "agent_token_hash": new_id(),
         "created_at": NOW,
