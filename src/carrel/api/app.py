@@ -16,6 +16,7 @@ from carrel.api.routes import (
     archives,
     artifacts,
     audit,
+    children,
     diff,
     environments,
     events,
@@ -81,6 +82,7 @@ def create_app(services: Services) -> FastAPI:
         usage.router,
         workspaces.router,
         interactions.router,
+        children.router,
         environments.router,
         secrets.router,
     ):

@@ -45,6 +45,7 @@ from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
 from carrel.sessions.archives import ArchiveBounds, Archives
 from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.children import Children
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.disk import DiskWatch
 from carrel.sessions.environment_life import EnvironmentLife
@@ -65,6 +66,8 @@ from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
 from carrel.sessions.streams import Streams
+from carrel.sessions.tree_streams import TreeStreams
+from carrel.sessions.trees import TreeLimits
 from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.settings import Limits, Settings
 from carrel.workspaces import Folders
@@ -289,6 +292,9 @@ async def _build(
             metered=direct is None,
             allow_bypass=allow_bypass,
             defaults=defaults,
+            trees=TreeLimits(
+                depth=settings.limits.max_depth, children=settings.limits.max_children, tree=settings.limits.max_tree
+            ),
             default_ttl_seconds=settings.defaults.ttl_seconds or None,
             trace=seen.trace,
         ),
@@ -330,6 +336,17 @@ async def _build(
         sessions=service,
         workspaces=workspaces,
         interactions=Interactions(store, hub),
+        children=Children(
+            store,
+            service,
+            owner,
+            scheduler,
+            folders,
+            keeper,
+            run_blocking=asyncio.to_thread,
+            allowances=allowances,
+        ),
+        trees=TreeStreams(store, streams),
         secrets=secrets,
         snapshots=Snapshots(store, keeper, scheduler),
         artifacts=Artifacts(

@@ -13,9 +13,9 @@ from carrel.model import PermissionMode
 from carrel.protocol.environments import EnvironmentSpec
 from carrel.protocol.spec import SessionSpec
 
-__all__ = ["NARROWING", "agents_options", "check_options"]
+__all__ = ["MODES", "NARROWING", "agents_options", "check_options"]
 
-_MODES: Final = (
+MODES: Final = (
     PermissionMode.PLAN,
     PermissionMode.DONT_ASK,
     PermissionMode.DEFAULT,
@@ -44,7 +44,7 @@ def check_options(name: str, environment: EnvironmentSpec, own: SessionSpec) -> 
 def _wider_mode(ceiling: PermissionMode | None, wish: PermissionMode | str | None) -> bool:
     if ceiling is None or wish is None:
         return False
-    return _MODES.index(PermissionMode(wish)) > _MODES.index(ceiling)
+    return MODES.index(PermissionMode(wish)) > MODES.index(ceiling)
 
 
 def _permission_mode(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
