@@ -66,6 +66,8 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 sessions=gateway.service,
                 workspaces=gateway.workspaces,
                 interactions=gateway.interactions,
+                children=gateway.children,
+                trees=gateway.trees,
                 environments=gateway.environments,
                 snapshots=gateway.snapshots,
                 artifacts=gateway.artifacts,
