@@ -87,6 +87,8 @@ def create_app(services: Services) -> FastAPI:
         secrets.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
+    if services.tools is not None:
+        app.router.routes.append(services.tools.route())
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.add_middleware(_BodyLimit, max_bytes=services.max_body_bytes)

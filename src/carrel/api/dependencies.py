@@ -29,6 +29,7 @@ from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
 from carrel.sessions.tree_streams import TreeStreams
 from carrel.sessions.workspaces import NamedWorkspaces
+from carrel.tools import ToolServer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Services:
     history: History
     authenticator: Authenticator | None
     """None: authentication is off, and everybody is the admin."""
+    tools: ToolServer | None
+    """Answers at `/mcp`; None: nothing does."""
     ready: Callable[[], Awaitable[dict[str, Any]]]
     """Says of each part whether it works."""
     models: Callable[[], Awaitable[list[dict[str, Any]]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ from carrel.sessions.tree_streams import TreeStreams
 from carrel.sessions.trees import TreeLimits
 from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.settings import Limits, Settings
+from carrel.tools import ToolServer, inside, outside
 from carrel.workspaces import Folders
 from carrel.workspaces.reserve import Reserve
 
@@ -208,8 +210,6 @@ async def _build(
     await secrets.start()
     dialler = Dialler(Judge(settings.egress.private_networks))
     mcp = McpGateway(store, secrets.opened, await _checked_client(dialler, stack))
-    sandbox_side = gateway.app(beside=mcp.routes())
-    await serve_unix(seen.model_requests(sandbox_side), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     ledger = Ledger(store, seen.metrics.egress)
     proxy = EgressProxy(store, dialler, ledger, _egress_limits(settings))
     await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)
@@ -331,21 +331,29 @@ async def _build(
         reachable=answers,
         mcp_servers=settings.mcp_servers,
     )
+    children = Children(
+        store,
+        service,
+        owner,
+        scheduler,
+        folders,
+        keeper,
+        run_blocking=asyncio.to_thread,
+        allowances=allowances,
+    )
+    interactions = Interactions(store, hub)
+    tools = ToolServer(inside=inside(store, service, children), outside=outside(service, children, interactions))
+    await tools.start(stack)
+    by_token = functools.partial(authenticator.authenticate, accept=frozenset({"sandbox"}))
+    sandbox_side = gateway.app(beside=[tools.for_sandboxes(by_token), *mcp.routes()])
+    await serve_unix(seen.model_requests(sandbox_side), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     services = Services(
         store=store,
         sessions=service,
         workspaces=workspaces,
-        interactions=Interactions(store, hub),
-        children=Children(
-            store,
-            service,
-            owner,
-            scheduler,
-            folders,
-            keeper,
-            run_blocking=asyncio.to_thread,
-            allowances=allowances,
-        ),
+        interactions=interactions,
+        children=children,
+        tools=tools,
         trees=TreeStreams(store, streams),
         secrets=secrets,
         snapshots=Snapshots(store, keeper, scheduler),

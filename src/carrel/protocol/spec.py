@@ -165,6 +165,9 @@ class SessionSpec(Options):
     setting_sources: list[Literal["user", "project", "local"]] | None = _applies(
         "launch", "Which settings files of the sandbox are read."
     )
+    session_tools: StrictBool | None = _applies(
+        "launch", "Whether its agent can begin children and ask people, by tools `mcp__carrel__…`; default: it cannot."
+    )
     max_turns: int | None = _applies("launch", "Model requests a turn may make.", ge=1, le=100_000)
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = _applies("launch", "How hard the model tries.")
     thinking: dict[str, Any] | None = _applies(
@@ -221,6 +224,8 @@ class SessionSpec(Options):
     @classmethod
     def _are_servers(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
         for name, server in (value or {}).items():
+            if name == "carrel":
+                raise ValueError("carrel is the name of Carrel's own server; give another")
             kind = server.get("type", "stdio")
             needed = "command" if kind == "stdio" else "url"
             if kind not in ("stdio", "sse", "http"):

@@ -26,7 +26,6 @@ from carrel.errors import (
     StoreOutcomeUnknown,
     WiderThanParent,
 )
-from carrel.killpoints import reached
 from carrel.model import (
     Birth,
     ChildFiles,
@@ -136,7 +135,6 @@ class Children:
             made = await self._store.write(lambda tx: self._begin(tx, principal, session_id, body, mark, None))
         else:
             made = await self._begin_clone(principal, session_id, body, mark)
-        reached("child.stored")
         self._scheduler.poke(made.id)
         return made
 

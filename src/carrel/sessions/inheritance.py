@@ -19,7 +19,7 @@ from carrel.sessions.narrowing import MODES
 
 __all__ = ["Rights", "check_within", "inherited"]
 
-_FILLED_IN: Final = ("permission_mode", "tools", "skills", "setting_sources", "max_turns")
+_FILLED_IN: Final = ("permission_mode", "tools", "skills", "setting_sources", "max_turns", "session_tools")
 """Options of the parent's that hold for a child in another environment too, where neither names another value."""
 _NOT_INHERITED: Final = frozenset({"output_format"})
 """What the parent is to answer in is no business of the child's."""
@@ -86,6 +86,8 @@ def check_within(parent: Rights, child: Rights) -> None:
         raise WiderThanParent("network", f"{child.network} is more than {parent.network}")
     for name in ("tools", "skills", "setting_sources"):
         _check_among(name, getattr(parent.spec, name), getattr(child.spec, name))
+    if child.spec.session_tools and not parent.spec.session_tools and parent.spec.session_tools is not None:
+        raise WiderThanParent("session_tools", "its parent has none")
     most = parent.spec.max_turns
     if most is not None and (child.spec.max_turns is None or child.spec.max_turns > most):
         raise WiderThanParent("max_turns", f"at most {most}")

@@ -74,6 +74,10 @@ def _allow_rules(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
     return f"{_listed(more)} is not among {_listed(allowed)}" if more else None
 
 
+def _session_tools(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
+    return "it has none" if own.session_tools and environment.options.session_tools is False else None
+
+
 def _max_turns(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
     most = environment.options.max_turns
     return f"at most {most}" if most is not None and (own.max_turns or 0) > most else None
@@ -117,6 +121,7 @@ NARROWING: Final[Mapping[str, Callable[[EnvironmentSpec, SessionSpec], str | Non
     "skills": _among("skills"),
     "setting_sources": _among("setting_sources"),
     "max_turns": _max_turns,
+    "session_tools": _session_tools,
     "env_vars": _variables,
 }
 """The options that a session cannot choose freely where its environment names them; each says why it refuses, or None."""

@@ -427,6 +427,7 @@ class Owner:
                 session_id=session.id,
                 spec=spec,
                 permission_mode=mode,
+                tools=bool(spec.session_tools),
                 agent_session_id=session.agent_session_id,
                 reconcile=sandbox.generation > 1,
                 resume_turn=view.live.id if view.live is not None else None,

@@ -68,6 +68,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 interactions=gateway.interactions,
                 children=gateway.children,
                 trees=gateway.trees,
+                tools=None,
                 environments=gateway.environments,
                 snapshots=gateway.snapshots,
                 artifacts=gateway.artifacts,
