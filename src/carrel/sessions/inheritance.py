@@ -86,7 +86,7 @@ def check_within(parent: Rights, child: Rights) -> None:
         raise WiderThanParent("network", f"{child.network} is more than {parent.network}")
     for name in ("tools", "skills", "setting_sources"):
         _check_among(name, getattr(parent.spec, name), getattr(child.spec, name))
-    if child.spec.session_tools and not parent.spec.session_tools and parent.spec.session_tools is not None:
+    if child.spec.session_tools and not parent.spec.session_tools:
         raise WiderThanParent("session_tools", "its parent has none")
     most = parent.spec.max_turns
     if most is not None and (child.spec.max_turns is None or child.spec.max_turns > most):

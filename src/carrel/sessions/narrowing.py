@@ -75,7 +75,12 @@ def _allow_rules(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
 
 
 def _session_tools(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
-    return "it has none" if own.session_tools and environment.options.session_tools is False else None
+    given = environment.options
+    if not own.session_tools or given.session_tools:
+        return None
+    if given.session_tools is None and given.tools is None:
+        return None
+    return "it has none, or names the tools that there are"
 
 
 def _max_turns(environment: EnvironmentSpec, own: SessionSpec) -> str | None:

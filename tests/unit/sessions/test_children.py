@@ -166,6 +166,7 @@ NARROW: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"skills": ["one"]}, {"skills": "all"}, "skills"),
     ({"setting_sources": []}, {"setting_sources": ["project"]}, "setting_sources"),
     ({"max_turns": 3}, {"max_turns": 4}, "max_turns"),
+    ({}, {"session_tools": True}, "session_tools"),
     ({"permission_mode": "default"}, {"allowed_tools": ["Bash(rm *)"]}, "allowed_tools"),
     ({"permission_mode": "default"}, {"permissions": {"allow": ["Bash"]}}, "allowed_tools"),
     ({}, {"mcp_servers": {"more": {"type": "http", "url": "https://example.com/mcp"}}}, "mcp_servers"),
