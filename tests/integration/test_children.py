@@ -75,3 +75,25 @@ async def test_a_paused_child_goes_on(api: Any) -> None:
     await api.ask("POST", f"/sessions/{child}/resume")
     result = await api.ask("GET", f"/sessions/{child}/result", params={"wait": True})
     assert "Go on where you left off" in result["turn"]["text"]
+
+
+@pytest.mark.on_both_engines
+async def test_fifty_at_once_are_as_many_as_may_be(start: Any) -> None:
+    api = await start(limits={"max_concurrent_turns": 1})
+    busy = await api.session()
+    await api.until_event(busy, "turn.started", await api.send(busy, "[[count: 1000000 @5]]"))
+    root = await api.session()
+
+    async def begin() -> int:
+        return int((await api.http.post(f"/sessions/{root}/children", json={"prompt": "hello"})).status_code)
+
+    codes = await asyncio.gather(*(begin() for _ in range(50)))
+    assert sorted(codes) == [201] * 10 + [429] * 40
+    assert len((await api.ask("GET", f"/sessions/{root}/children"))["data"]) == 10
+    await api.ask("POST", f"/sessions/{root}/stop")
+    statuses = [child["status"] for child in (await api.ask("GET", f"/sessions/{root}/children"))["data"]]
+    assert statuses == ["stopped"] * 10
+    await api.ask("POST", f"/sessions/{root}/resume")
+    assert await begin() == 201, "what is stopped does not count"
+    await api.ask("DELETE", f"/sessions/{root}", 204)
+    await api.ask("POST", f"/sessions/{busy}/interrupt", 202)
