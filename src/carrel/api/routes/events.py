@@ -21,7 +21,14 @@ from carrel.api.dependencies import PrincipalDep, Services, ServicesDep, need, s
 from carrel.api.problems import responses
 from carrel.api.routes.shapes import EXAMPLE_EVENT, Limit, SessionId
 from carrel.api.routes.turns import EXAMPLE_STREAM
-from carrel.errors import AuthenticationRequired, CarrelError, Forbidden, SessionNotFound, ValidationFailed
+from carrel.errors import (
+    AuthenticationRequired,
+    CarrelError,
+    Forbidden,
+    InvalidCursor,
+    SessionNotFound,
+    ValidationFailed,
+)
 from carrel.model import Principal, Scope
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.spec import CreateTurn
@@ -62,7 +69,7 @@ class EventPage(BaseModel):
 @router.get(
     "/events",
     response_model=EventPage,
-    responses=responses(SessionNotFound, ValidationFailed)
+    responses=responses(SessionNotFound, InvalidCursor, ValidationFailed)
     | {
         200: {
             "description": "A page; or, with `Accept: text/event-stream`, a live stream that ends with the session.",
