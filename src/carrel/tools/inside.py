@@ -15,7 +15,6 @@ from typing import Any, Literal
 from uuid import UUID
 
 from pydantic import Field
-from pydantic_core import to_json
 
 from carrel import abc
 from carrel.errors import InvalidRequest, SessionNotFound
@@ -34,12 +33,14 @@ from carrel.model import (
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateChild, CreateTurn
 from carrel.sessions import transitions
+from carrel.sessions.asking import digest_of
 from carrel.sessions.children import Children, Outcome
 from carrel.sessions.service import Mark, SessionService
 from carrel.tools.toolbox import Arguments, Call, Result, Tool, Toolbox
 
 __all__ = ["inside"]
 
+_ASK = "ask_user"
 _WORKSPACE = "/workspace"
 _PAGE = 500
 _LOOK_SECONDS = 0.5
@@ -302,9 +303,9 @@ class _Inside:
                 owner=session.owner,
                 turn_id=turn.id,
                 kind=InteractionKind.QUESTION,
-                tool="ask_user",
+                tool=_ASK,
                 input=tool_input,
-                input_digest=sha256(to_json(tool_input)).hexdigest(),
+                input_digest=digest_of(_ASK, tool_input),
                 reason=given.question[:500],
                 created_at=now,
                 expires_at=now + timedelta(seconds=given.timeout_seconds),
