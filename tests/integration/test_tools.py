@@ -131,12 +131,29 @@ async def test_a_child_reads_what_it_was_handed_and_cannot_leave_its_tree(api: A
     assert (await api.ask("GET", f"/sessions/{stranger}"))["status"] == "idle"
 
 
+BY_HAND = """
+import json, os, socket
+body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call",
+                   "params": {"name": "spawn_child", "arguments": {"prompt": "x"}}})
+talk = socket.socket(socket.AF_UNIX)
+talk.connect(os.environ["ANTHROPIC_UNIX_SOCKET"])
+head = ["POST /mcp HTTP/1.1", "host: x", "content-type: application/json", "connection: close",
+        "accept: application/json, text/event-stream", "mcp-protocol-version: 2025-06-18",
+        "authorization: Bearer " + os.environ["ANTHROPIC_API_KEY"], "content-length: " + str(len(body)), "", ""]
+talk.sendall((chr(13) + chr(10)).join(head).encode() + body.encode())
+print(talk.makefile().read())
+"""
+
+
 async def test_without_the_option_there_are_no_tools(api: Any) -> None:
     session = await api.session()
     result = await api.run(session, call("list_children"))
     initialised = await api.until_event(session, "agent.initialised")
     assert not [name for name in initialised["data"]["tools"] if name.startswith("mcp__carrel")]
     assert result["tool_calls"][0]["is_error"]
+    by_hand = await api.run(session, f"[[bash: python3 -c '{BY_HAND}']]")
+    assert "was not given these tools" in str(by_hand["tool_calls"][0]["result"]), by_hand
+    assert (await api.ask("GET", f"/sessions/{session}/children"))["data"] == []
 
 
 async def test_a_question_waits_for_a_person(api: Any) -> None:

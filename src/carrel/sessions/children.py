@@ -19,6 +19,7 @@ from carrel import abc
 from carrel.budgets import Allowances, BudgetKind, accounts_of
 from carrel.errors import (
     Draining,
+    Forbidden,
     NoPatch,
     SessionFailed,
     SessionNotFound,
@@ -182,6 +183,7 @@ class Children:
         place: Session | None,
     ) -> Session:
         parent = _session(tx, principal, session_id)
+        self._check_tools(tx, principal)
         if parent.status is SessionStatus.STOPPED:
             raise SessionStopped
         if parent.status is SessionStatus.FAILED:
@@ -207,6 +209,18 @@ class Children:
         if mark is not None:
             tx.idempotency.update(mark.principal, mark.key, object_id=child.id)
         return tx.sessions.get(child.id) or child
+
+    async def check_tools(self, principal: Principal) -> None:
+        """Make sure that a caller which is an agent has been given tools. Raises Forbidden."""
+        await self._store.read(lambda tx: self._check_tools(tx, principal))
+
+    def _check_tools(self, tx: abc.Transaction, principal: Principal) -> None:
+        # Every agent holds a token and sees the gateway's socket, whether it has been given the tools or not.
+        if not principal.name.startswith("sandbox:"):
+            return
+        own = _session(tx, principal, principal.session_id or "")
+        if not self._owner.rights(own, environment_of(tx, own)).spec.session_tools:
+            raise Forbidden("This session's agent was not given these tools; its creator can, with session_tools.")
 
     def _child(
         self,

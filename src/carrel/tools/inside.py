@@ -409,7 +409,8 @@ def inside(store: abc.Store, service: SessionService, children: Children) -> Too
                 own.ask,
                 "Ask the people behind this session a question, and wait for the answer.",
             ),
-        ]
+        ],
+        admit=children.check_tools,
     )
 
 

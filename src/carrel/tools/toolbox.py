@@ -59,8 +59,9 @@ class Tool:
 class Toolbox:
     """The tools that one kind of caller finds."""
 
-    def __init__(self, tools: list[Tool]) -> None:
-        """Put them together."""
+    def __init__(self, tools: list[Tool], admit: Callable[[Principal], Awaitable[None]] | None = None) -> None:
+        """Put them together; `admit` raises a CarrelError for a caller that may use none of them."""
+        self._admit = admit
         self.tools: Mapping[str, Tool] = {tool.name: tool for tool in tools}
 
     async def call(self, name: str, given: Mapping[str, Any], call: Call) -> Result:
@@ -71,6 +72,8 @@ class Toolbox:
                 raise ValidationFailed(f"There is no tool {name!r} here.")
             if tool.scope not in call.principal.scopes:
                 raise MissingScope(tool.scope)
+            if self._admit is not None:
+                await self._admit(call.principal)
             return await tool.work(call, tool.arguments.model_validate(dict(given)))
         except ValidationError as error:
             told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5])
