@@ -56,6 +56,7 @@ bench: $(DEVELOP) ## measure, each figure beside the bare SDK
 .PHONY: soak
 soak: $(DEVELOP) ## run for a long time and watch what grows
 	$(PY) -m benchmarks.soak
+	$(PY) -m pytest -v tests/kill -m soak $(PYTEST_ARGS)
 
 .PHONY: soak-compose
 soak-compose: $(DEVELOP) ## bring up every compose mode, use it, stop it, bring it up again (scripts/testbed comes first)

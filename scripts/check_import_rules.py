@@ -14,7 +14,7 @@ The rule:
     `budgets` is arithmetic over the contracts that several parts need: model, errors, protocol and abc alone.
     The parts (store, buses, objects, channels, egress, runtimes, sessions, model_gateway, mcp_gateway, tools, auth, workspaces,
     observability, socket_proxy)
-    see contracts and never one another, save that sessions may import workspaces.
+    see contracts and never one another, save that sessions may import workspaces, and tools sessions.
     `runner` and `client` live on the far side of a wire: protocol, model and errors alone.
     `api` speaks for the parts; `cli` alone wires: it alone imports settings and runs servers.
     `killpoints` imports the standard library alone; the parts, api and cli pass or arm them, the sandbox's side never.
@@ -102,6 +102,10 @@ RULES: dict[str, Rule] = {
     "sessions": Rule(
         f"{PART_SENTENCE}, save that sessions may import workspaces",
         ours=CORE | {"abc", "budgets", "killpoints", "workspaces"},
+    ),
+    "tools": Rule(
+        f"{PART_SENTENCE}, save that tools may import sessions",
+        ours=CORE | {"abc", "budgets", "killpoints", "sessions"},
     ),
     "runner": Rule("runner lives in the sandbox: it imports protocol, model and errors alone", ours=CORE),
     "client": Rule("client lives with its user: it imports protocol, model and errors alone", ours=CORE),

@@ -81,6 +81,7 @@ __all__ = [
     "TicketRows",
     "Transaction",
     "TranscriptRows",
+    "TreeRows",
     "TurnRows",
     "UsageFilter",
     "UsageRecord",
@@ -334,6 +335,8 @@ class UsageFilter:
 
     user_id: str | None = None
     session_id: str | None = None
+    tree_of: str | None = None
+    """This session, and all that are or were below it."""
     turn_id: str | None = None
     model: str | None = None
     since: datetime | None = None
@@ -477,6 +480,38 @@ class PoolRows(ABC):
 
         Of two transactions at once, no two take the same.
         """
+
+
+class TreeRows(ABC):
+    """Who has begun whom. Deleted sessions are in no answer but that of `left`."""
+
+    @abstractmethod
+    def add(self, child: Session) -> None:
+        """Note that a session that has just been stored is below all of its lineage."""
+
+    @abstractmethod
+    def above(self, session: Session) -> Sequence[Session]:
+        """The sessions above, the nearest first. They are not held."""
+
+    @abstractmethod
+    def children(self, session_id: str) -> Sequence[Session]:
+        """Those that the session has begun, oldest first."""
+
+    @abstractmethod
+    def below(self, session_id: str) -> Sequence[Session]:
+        """All that are below the session, each behind its parent, in the order in which they were made."""
+
+    @abstractmethod
+    def live_children(self, session_id: str) -> int:
+        """How many of those that the session has begun are neither stopped nor failed."""
+
+    @abstractmethod
+    def live_below(self, session_id: str) -> int:
+        """The same, of all that are below it."""
+
+    @abstractmethod
+    def left(self, session_id: str) -> Sequence[str]:
+        """The ids of those that the session has begun and of which anything is still there, be they deleted or not."""
 
 
 class TurnRows(ABC):
@@ -972,6 +1007,7 @@ class Transaction(ABC):
 
     sessions: SessionRows
     pools: PoolRows
+    trees: TreeRows
     turns: TurnRows
     counts: CountRows
     events: EventRows

@@ -1,6 +1,7 @@
 """What may be spent, what of it is left, and whether a model request fits. Arithmetic over the rows of a transaction.
 
 Four budgets hold at once: of a turn, a session, a user in all, and a user a day (UTC). The smallest remainder wins.
+A session's holds for all that is spent below it too, and so those of the sessions above hold as well.
 Whoever reserves holds the locks of the session and of its user, so that two requests never count on the same remainder.
 """
 
@@ -151,8 +152,10 @@ def accounts_of(
         which = abc.UsageFilter(turn_id=turn.id)
         found.append((BudgetKind.TURN, turn.id, budget, which, which, None))
     if session is not None:
-        which = abc.UsageFilter(session_id=session.id)
-        found.append((BudgetKind.SESSION, session.id, _or(session.budget, allowances.session), which, which, None))
+        for each in (session, *(tx.trees.above(session) if session.lineage else ())):
+            # What is spent below a session is spent of its own budget too.
+            which = abc.UsageFilter(tree_of=each.id)
+            found.append((BudgetKind.SESSION, each.id, _or(each.budget, allowances.session), which, which, None))
     found.append((BudgetKind.USER, user_id, _or(own, allowances.user), of_user, of_user, None))
     # What is reserved now will be spent today, whenever its request began.
     daily = _or(own_daily, allowances.user_day)

@@ -14,6 +14,8 @@
     │   ├── BoundToSession              403
     │   ├── EngineCallRefused           403
     │   ├── EnvironmentForbids          403
+    │   ├── WiderThanParent             403
+    │   ├── TooDeep                     403
     │   └── UntrustedOrigin             403
     ├── NotFound                        404
     │   ├── SessionNotFound             404
@@ -50,6 +52,8 @@
     │   ├── NotARepository              409
     │   ├── CloneFailed                 409
     │   ├── FilesShared                 409
+    │   ├── NoPatch                     409
+    │   ├── PatchConflict               409
     │   ├── EnvironmentInUse            409
     │   ├── EnvironmentStopped          409
     │   ├── EnvironmentFixed            409
@@ -62,6 +66,7 @@
     │   ├── QueueFull                   429
     │   ├── SessionBusy                 429
     │   ├── SessionLimitReached         429
+    │   ├── ChildLimitReached           429
     │   └── RateLimited                 429
     ├── ObjectUnreadable                (it is there, and is not given out)
     │   ├── ObjectDamaged
@@ -121,7 +126,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
 
@@ -228,6 +233,20 @@ class EngineCallRefused(Forbidden):
 
 class EnvironmentForbids(Forbidden):
     """The environment does not let a session have this; a session can only have less than its environment."""
+
+
+class WiderThanParent(Forbidden):
+    """A child can have what its parent has, or less, and never more."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: a child can have what its parent has, or less: {why}.", option=what)
+
+
+class TooDeep(Forbidden):
+    """There are as many sessions above this one as are allowed, so it can begin none."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There may be {limit} sessions above one, and this would be below one more.", limit=limit)
 
 
 class UntrustedOrigin(Forbidden):
@@ -412,6 +431,22 @@ class FilesShared(Conflict):
     """Others work in this workspace too, so its files cannot be put back for one session; ask without files."""
 
 
+class NoPatch(Conflict):
+    """There is no patch of this session: its files are no clone of its parent's, or what they were is not there any more."""
+
+
+class PatchConflict(Conflict):
+    """The patch does not fit the parent's files as they are now; nothing was changed."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        shown = ", ".join(repr(path) for path in paths[:10]) + (", …" if len(paths) > 10 else "")
+        super().__init__(
+            f"The patch does not fit the parent's files as they are now, so nothing was changed: {shown}. "
+            "Bring the two together by hand, or begin a new child.",
+            paths=list(paths[:100]),
+        )
+
+
 class EnvironmentInUse(Conflict):
     """Sessions are in this environment; delete them, or move them to another, first."""
 
@@ -487,6 +522,18 @@ class SessionLimitReached(TooMany):
         whose = "This user has" if of_user else "This server has"
         super().__init__(
             f"{whose} {limit} sessions, and no more are allowed; delete one, or wait until one expires.",
+            limit=limit,
+            retry_after_seconds=30,
+        )
+
+
+class ChildLimitReached(TooMany):
+    """There are as many sessions below this one as are allowed; stop one first."""
+
+    def __init__(self, limit: int, *, of_tree: bool) -> None:
+        whose = "The tree of this session" if of_tree else "This session"
+        super().__init__(
+            f"{whose} has {limit} children that are not stopped, and no more are allowed; stop or delete one first.",
             limit=limit,
             retry_after_seconds=30,
         )

@@ -117,6 +117,21 @@ class PermissionMode(StrEnum):
     BYPASS = "bypassPermissions"
 
 
+class ChildFiles(StrEnum):
+    """Whose files a child works on: its parent's own, a copy of them as they were, or none."""
+
+    INHERIT = "inherit"
+    CLONE = "clone"
+    EPHEMERAL = "ephemeral"
+
+
+class OnParentEnd(StrEnum):
+    """What becomes of a child whose parent is stopped. With a parent that is deleted it goes in any case."""
+
+    STOP = "stop"
+    KEEP = "keep"
+
+
 class Isolation(StrEnum):
     """What stands between an agent and the host it runs on."""
 
@@ -517,6 +532,16 @@ class Artifact(Frozen):
     created_at: datetime
 
 
+class Birth(Frozen):
+    """How a child came to be: what its parent has said of it, which never changes."""
+
+    files: ChildFiles = Field(description="Whose files it works on.")
+    on_parent_end: OnParentEnd = Field(description="What becomes of it when its parent is stopped.")
+    context: dict[str, Any] = Field(default={}, description="What its parent has handed it, by name.")
+    task_type: str | None = Field(default=None, description="A word of its parent's for what it is for.")
+    turn_id: str = Field(description="Its first turn.")
+
+
 class Session(Frozen):
     """A durable conversation with its files."""
 
@@ -538,6 +563,19 @@ class Session(Frozen):
         default=0, description="The version that it keeps; 0: `default`, as the settings say."
     )
     forked_from: str | None = None
+    parent_id: str | None = Field(default=None, description="The session that has begun it; null: none has.")
+    root_id: str | None = Field(default=None, description="The first session of its tree; null: it is that itself.")
+    depth: int = Field(default=0, description="How many sessions are above it.")
+    lineage: tuple[str, ...] = Field(
+        default=(), exclude=True, description="The sessions above it, the first one first."
+    )
+    birth: Birth | None = Field(default=None, description="How it came to be, where it is a child.")
+    files_of: str | None = Field(
+        default=None, exclude=True, description="The session whose own folder it works in; None: its own."
+    )
+    paused_turn: str | None = Field(
+        default=None, exclude=True, description="The turn that a pause has interrupted, to be gone on with."
+    )
     agent_session_id: str | None = Field(default=None, exclude=True)
     generation: int = Field(default=0, exclude=True)
     last_seq: int = Field(default=0, description="The number of the session's newest event.")
@@ -667,7 +705,9 @@ class Principal(Frozen):
     name: str = Field(description="Who calls, for the audit log: `admin`, `key:<id>`, `jwt:<subject>`, `sandbox:<id>`.")
     user: str = Field(description="The user whose things the caller acts on.")
     scopes: frozenset[Scope]
-    session_id: str | None = Field(default=None, description="The one session the caller is bound to, if it is.")
+    session_id: str | None = Field(
+        default=None, description="The one session, with all below it, that the caller is bound to."
+    )
     expires_at: datetime | None = Field(default=None, description="When a stream opened by this caller must end.")
 
     @property
@@ -685,7 +725,7 @@ class Principal(Frozen):
         if session.reserved is not None:
             return False
         if self.session_id is not None:
-            return self.session_id == session.id
+            return self.session_id == session.id or self.session_id in session.lineage
         return self.is_admin or session.owner == self.user
 
 

@@ -75,6 +75,8 @@ BODIES: dict[str, Any] = {
     "PUT /sessions/{session_id}/archive": b"stolen",
     "POST /sessions/{session_id}/artifacts": {"path": "a.txt"},
     "POST /sessions/{session_id}/rewind": {"seq": 100},
+    "POST /sessions/{session_id}/children": {"prompt": "Hello"},
+    "POST /sessions/{session_id}/interrupt": {"prompt": "Hello"},
     "PATCH /workspaces/{workspace_id}": {"quota_mb": 1},
     "POST /interactions/{interaction_id}/answer": {"decision": "allow"},
 }

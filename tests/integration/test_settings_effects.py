@@ -302,6 +302,23 @@ async def test_limits_of_sessions(start, name):
     assert (await api.ask("POST", "/sessions", 429, json={}))["code"] == "session_limit_reached"
 
 
+async def test_limits_of_trees(start):
+    api = await start(limits={"max_depth": 2, "max_children": 3, "max_tree": 4, "max_concurrent_turns": 1})
+
+    async def begin(parent, expected=201):
+        return await api.ask("POST", f"/sessions/{parent}/children", expected, json={"prompt": "hello"})
+
+    root = await api.session()
+    first, second = (await begin(root))["id"], (await begin(root))["id"]
+    below = (await begin(first))["id"]
+    assert (await begin(below, 403))["code"] == "too_deep"
+    third = (await begin(root))["id"]
+    assert (await begin(root, 429))["limit"] == 3
+    assert (await begin(second, 429))["limit"] == 4
+    await api.ask("POST", f"/sessions/{third}/stop")
+    await begin(second)
+
+
 async def test_limits_of_turns(start):
     api = await start(limits={"max_concurrent_turns": 1, "max_waiting_turns": 1})
     first, second = await api.session(), await api.session()

@@ -16,6 +16,7 @@ from carrel.api.routes import (
     archives,
     artifacts,
     audit,
+    children,
     diff,
     environments,
     events,
@@ -81,10 +82,13 @@ def create_app(services: Services) -> FastAPI:
         usage.router,
         workspaces.router,
         interactions.router,
+        children.router,
         environments.router,
         secrets.router,
     ):
         app.include_router(router, prefix=API_PREFIX)
+    if services.tools is not None:
+        app.router.routes.append(services.tools.route())
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.add_middleware(_BodyLimit, max_bytes=services.max_body_bytes)

@@ -31,7 +31,9 @@ SUBPROTOCOL = "carrel.v1"
 _BEARER = "bearer."
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # What a caller may ask although it may do little: who it is, and for less than it has itself.
-_NEEDED = {"/me": None, "/auth/tickets": Scope.READ}
+_NEEDED = {"/me": None, "/auth/tickets": Scope.READ, "/mcp": Scope.READ}
+_TOOLS = "/mcp"
+"""The one path beside the API that wants a key; each tool says what it needs."""
 _IN_AN_ADDRESS = frozenset(
     {"access_token", "api_key", "apikey", "auth", "authorization", "bearer", "jwt", "key", "token"}
 )
@@ -50,7 +52,7 @@ class KeyFirst:
         self._stream = re.compile(re.escape(prefix) + r"/sessions/[^/]+/events")
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(self._prefix + "/"):
+        if scope["type"] == "http" and (scope["path"].startswith(self._prefix + "/") or scope["path"] == _TOOLS):
             try:
                 await self._admit(HTTPConnection(scope), scope["method"])
             except CarrelError as error:

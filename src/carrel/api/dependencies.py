@@ -17,6 +17,7 @@ from carrel.errors import BoundToSession, MissingScope
 from carrel.model import ADMIN, Principal, Scope, new_id
 from carrel.sessions.archives import Archives
 from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.children import Children
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments
@@ -26,7 +27,9 @@ from carrel.sessions.secrets import Secrets
 from carrel.sessions.service import SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
+from carrel.sessions.tree_streams import TreeStreams
 from carrel.sessions.workspaces import NamedWorkspaces
+from carrel.tools import ToolServer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Services:
     sessions: SessionService
     workspaces: NamedWorkspaces
     interactions: Interactions
+    children: Children
+    trees: TreeStreams
     environments: Environments
     snapshots: Snapshots
     artifacts: Artifacts
@@ -48,6 +53,8 @@ class Services:
     history: History
     authenticator: Authenticator | None
     """None: authentication is off, and everybody is the admin."""
+    tools: ToolServer | None
+    """Answers at `/mcp`; None: nothing does."""
     ready: Callable[[], Awaitable[dict[str, Any]]]
     """Says of each part whether it works."""
     models: Callable[[], Awaitable[list[dict[str, Any]]]]

@@ -19,6 +19,7 @@ _NAMES = {
     "stream": "session.stream",
     "export_session": "session.export",
     "list_models": "model.list",
+    "list_children": "child.list",
 }
 """Of routes that are not called after a verb and what it is done to."""
 _STANDS_FOR = {
@@ -26,6 +27,9 @@ _STANDS_FOR = {
     "event": "session",
     "archive": "session",
     "network": "session",
+    "tree": "session",
+    "result": "session",
+    "patch": "session",
     "request": "route",
     "environment_version": "environment",
 }

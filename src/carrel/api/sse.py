@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from carrel import abc
-
 HEARTBEAT = b": still here\n\n"
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Frame(Protocol):
+    """Something that knows how it looks in a stream."""
+
+    def sse(self) -> bytes:
+        """As a frame of a server-sent event stream."""
 
 
 def wanted(request: Request) -> bool:
@@ -18,12 +24,12 @@ def wanted(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "")
 
 
-def response(batches: AsyncIterator[list[abc.Frame]], *, headers: dict[str, str] | None = None) -> StreamingResponse:
+def response(batches: AsyncIterator[Sequence[Frame]], *, headers: dict[str, str] | None = None) -> StreamingResponse:
     """A stream of the frames; an empty batch becomes a heartbeat."""
-    return StreamingResponse(_encode(batches), media_type="text/event-stream", headers=_HEADERS | (headers or {}))
+    return StreamingResponse(_encode(batches), media_type="text/event-stream", headers=HEADERS | (headers or {}))
 
 
-async def _encode(batches: AsyncIterator[list[abc.Frame]]) -> AsyncIterator[bytes]:
+async def _encode(batches: AsyncIterator[Sequence[Frame]]) -> AsyncIterator[bytes]:
     # Said at once, so that the client knows it is connected before anything happens.
     yield HEARTBEAT
     async for batch in batches:

@@ -11,6 +11,7 @@ import structlog
 from carrel import abc
 from carrel.cli.data_folder import DataFolder
 from carrel.errors import OperatorError
+from carrel.runner.tools import SKILLS
 from carrel.runtimes.docker import Caps as ContainerCaps
 from carrel.runtimes.docker import ContainerOptions, DockerRuntime, DockerRuntimeOptions, EngineTls
 from carrel.runtimes.local import Caps, LocalRuntime, LocalRuntimeOptions
@@ -48,6 +49,7 @@ def _local(settings: Settings, folder: DataFolder, direct: Mapping[str, str] | N
         network=settings.network,
         read_only_paths=tuple(settings.read_only_paths),
         plugins=tuple(Path(plugin.path) for plugin in settings.plugins),
+        skills=SKILLS,
         model_env=direct,
         reconnect_window_seconds=settings.reconnect_window_seconds,
         max_frame_bytes=settings.max_frame_bytes,

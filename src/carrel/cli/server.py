@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ from carrel.protocol.spec import SessionSpec
 from carrel.sessions.admission import Admission
 from carrel.sessions.archives import ArchiveBounds, Archives
 from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.children import Children
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.disk import DiskWatch
 from carrel.sessions.environment_life import EnvironmentLife
@@ -67,8 +69,11 @@ from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.spending import Spending
 from carrel.sessions.streams import Streams
+from carrel.sessions.tree_streams import TreeStreams
+from carrel.sessions.trees import TreeLimits
 from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.settings import Limits, Settings
+from carrel.tools import ToolServer, inside, outside
 from carrel.workspaces import Folders
 from carrel.workspaces.reserve import Reserve
 
@@ -208,8 +213,6 @@ async def _build(
     await secrets.start()
     dialler = Dialler(Judge(settings.egress.private_networks))
     mcp = McpGateway(store, secrets.opened, await _checked_client(dialler, stack))
-    sandbox_side = gateway.app(beside=mcp.routes())
-    await serve_unix(seen.model_requests(sandbox_side), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     ledger = Ledger(store, seen.metrics.egress)
     proxy = EgressProxy(store, dialler, ledger, _egress_limits(settings))
     await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)
@@ -304,6 +307,9 @@ async def _build(
             metered=direct is None,
             allow_bypass=allow_bypass,
             defaults=defaults,
+            trees=TreeLimits(
+                depth=settings.limits.max_depth, children=settings.limits.max_children, tree=settings.limits.max_tree
+            ),
             default_ttl_seconds=settings.defaults.ttl_seconds or None,
             trace=seen.trace,
         ),
@@ -340,11 +346,30 @@ async def _build(
         reachable=answers,
         mcp_servers=settings.mcp_servers,
     )
+    children = Children(
+        store,
+        service,
+        owner,
+        scheduler,
+        folders,
+        keeper,
+        run_blocking=asyncio.to_thread,
+        allowances=allowances,
+    )
+    interactions = Interactions(store, hub)
+    tools = ToolServer(inside=inside(store, service, children), outside=outside(service, children, interactions))
+    await tools.start(stack)
+    by_token = functools.partial(authenticator.authenticate, accept=frozenset({"sandbox"}))
+    sandbox_side = gateway.app(beside=[tools.for_sandboxes(by_token), *mcp.routes()])
+    await serve_unix(seen.model_requests(sandbox_side), folder.sandbox_side / "gateway.sock", stack, everyone=True)
     services = Services(
         store=store,
         sessions=service,
         workspaces=workspaces,
-        interactions=Interactions(store, hub),
+        interactions=interactions,
+        children=children,
+        tools=tools,
+        trees=TreeStreams(store, streams),
         secrets=secrets,
         snapshots=Snapshots(store, keeper, scheduler),
         artifacts=Artifacts(

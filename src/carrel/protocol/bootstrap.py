@@ -77,6 +77,12 @@ class Bootstrap(Frozen):
     subreaper: bool = Field(default=False, description="Adopt and end whatever the agent leaves behind.")
     egress: Road | None = Field(default=None, description="None: nothing but the gateway is reached, or all is.")
     mcp: Road | None = Field(default=None, description="To the MCP servers that the gateway answers for, if there are.")
+    gateway_socket: str | None = Field(
+        default=None, description="The gateway's that sandboxes see, as the runner sees it."
+    )
+    skills: str | None = Field(
+        default=None, description="The plugin with the skills that come with the gateway's tools, as the agent sees it."
+    )
     reconnect_window_seconds: float = 300.0
     max_frame_bytes: int = 64 * 1024 * 1024
     outbox_memory_bytes: int = 64 * 1024 * 1024

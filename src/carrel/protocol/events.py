@@ -45,6 +45,7 @@ class SessionCreated(EventData):
     title: str | None = Field(default=None, description="Its name for people.")
     forked_from: str | None = Field(default=None, description="The session it is a copy of.")
     forked_at_turn: str | None = Field(default=None, description="The turn up to which it is a copy.")
+    parent_id: str | None = Field(default=None, description="The session that has begun it.")
 
 
 @_event("session.updated")
@@ -76,6 +77,30 @@ class SessionRewound(EventData):
 @_event("session.deleted")
 class SessionDeleted(EventData):
     """The session is gone for good. The last event any viewer sees of it."""
+
+
+# ------------------------------------------------------------------------------------------------------ its children
+
+
+@_event("child.created")
+class ChildCreated(EventData):
+    """The session has begun another one."""
+
+    child_session_id: str
+    turn_id: str = Field(description="The child's turn with the prompt it was begun with.")
+    task_type: str | None = Field(default=None, description="A word for what it is for.")
+
+
+@_event("child.ended")
+class ChildEnded(EventData):
+    """A turn of a session that this one has begun is over."""
+
+    child_session_id: str
+    turn_id: str
+    status: TurnStatus
+    stop_reason: StopReason | None = None
+    error: Failure | None = None
+    cost_usd: float | None = Field(default=None, description="None where the price of the model is not known.")
 
 
 # --------------------------------------------------------------------------------------------------------- its files

@@ -198,6 +198,7 @@ class Bind(Frozen):
     id: str
     session_id: str
     spec: SessionSpec
+    tools: bool = Field(default=False, description="Whether the agent has the gateway's tools.")
     permission_mode: str
     agent_session_id: str | None = Field(default=None, description="The conversation to take up.")
     reconcile: bool = Field(default=False, description="Send the transcript on disk: the last sandbox was lost.")

@@ -19,7 +19,16 @@ from pydantic import (
     model_validator,
 )
 
-from carrel.model import Budget, GivenNetwork, OnDisconnect, OnSandboxLost, PermissionMode, Workspace
+from carrel.model import (
+    Budget,
+    ChildFiles,
+    GivenNetwork,
+    OnDisconnect,
+    OnParentEnd,
+    OnSandboxLost,
+    PermissionMode,
+    Workspace,
+)
 from carrel.protocol.permissions import PermissionRules
 
 MAX_PROMPT_CHARS = 10_000_000
@@ -156,6 +165,9 @@ class SessionSpec(Options):
     setting_sources: list[Literal["user", "project", "local"]] | None = _applies(
         "launch", "Which settings files of the sandbox are read."
     )
+    session_tools: StrictBool | None = _applies(
+        "launch", "Whether its agent can begin children and ask people, by tools `mcp__carrel__…`; default: it cannot."
+    )
     max_turns: int | None = _applies("launch", "Model requests a turn may make.", ge=1, le=100_000)
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = _applies("launch", "How hard the model tries.")
     thinking: dict[str, Any] | None = _applies(
@@ -212,6 +224,8 @@ class SessionSpec(Options):
     @classmethod
     def _are_servers(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
         for name, server in (value or {}).items():
+            if name == "carrel":
+                raise ValueError("carrel is the name of Carrel's own server; give another")
             kind = server.get("type", "stdio")
             needed = "command" if kind == "stdio" else "url"
             if kind not in ("stdio", "sse", "http"):
@@ -305,6 +319,45 @@ class UpdateSession(SessionSpec, _Described):
     environment_version: int | None = _applies(
         "launch", "Another version of its environment; null: the newest.", ge=0, le=10**9
     )
+
+
+class CreateChild(_Described):
+    """The body of `POST /sessions/{id}/children`."""
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=MAX_PROMPT_CHARS,
+        pattern=r"\S",
+        description="What the child is to do; it is handed over once, whatever happens.",
+    )
+    environment: str | None = Field(
+        default=None, max_length=64, description="Another environment, with no more rights; null: its parent's."
+    )
+    options: SessionSpec = Field(
+        default=SessionSpec(), description="Its own options; what it does not name is as its parent has it."
+    )
+    workspace: ChildFiles = Field(
+        default=ChildFiles.INHERIT,
+        description="`inherit`: its parent's files. `clone`: a copy of them as they are now, which "
+        "`POST /sessions/{id}/patch/apply` brings back. `ephemeral`: an empty folder.",
+    )
+    context: dict[str, Any] = Field(default={}, description="What it is handed, by name, as JSON up to 64 KiB.")
+    task_type: NoNul | None = Field(default=None, max_length=100, description="A word for what it is for.")
+    timeout_seconds: float | None = Field(
+        default=None, gt=0, le=604_800, description="Interrupts its first turn; never later than its parent's."
+    )
+    on_parent_end: OnParentEnd = Field(
+        default=OnParentEnd.STOP, description="When its parent is stopped: `stop` it too, or `keep` it at work."
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _context_bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from pydantic_core import to_json
+
+        if len(to_json(value)) > MAX_METADATA_BYTES:
+            raise ValueError(f"context is larger than {MAX_METADATA_BYTES} bytes")
+        return value
 
 
 class _Block(BaseModel):

@@ -16,6 +16,7 @@ from pathlib import Path
 from carrel.protocol.bootstrap import Bootstrap
 
 _PR_SET_DUMPABLE = 4
+_SKILLS = Path(__file__).with_name("skills")
 _MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -39,7 +40,8 @@ def main() -> None:
     os.chdir(bootstrap.workspace)
     from carrel.runner.main import run
 
-    run(bootstrap if bootstrap.cli_path else bootstrap.model_copy(update={"cli_path": _claude()}))
+    own = {"cli_path": bootstrap.cli_path or _claude(), "skills": bootstrap.skills or str(_SKILLS)}
+    run(bootstrap.model_copy(update=own))
 
 
 def _claude() -> str:

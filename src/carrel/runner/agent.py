@@ -46,6 +46,8 @@ from carrel.protocol.permissions import Decision, PermissionRules, Place, Verdic
 from carrel.runner.blocks import Blocks, whole, whole_text
 from carrel.runner.disk import Disk
 from carrel.runner.relay import Relay
+from carrel.runner.tools import NAME as TOOLS
+from carrel.runner.tools import SessionTools
 from carrel.runner.transcripts import Transcripts
 
 log = structlog.get_logger(__name__)
@@ -152,6 +154,10 @@ class Agent:
         self._agent_session_id = bind.agent_session_id
         self._mode, self._rules = PermissionMode(bind.permission_mode), bind.spec.permission_rules()
         self._hold_seconds = bind.spec.ask_expires_seconds
+        if self._has_tools(bind):
+            # They do nothing that the session may not do anyhow; rules that forbid or ask come first.
+            allowed = (*self._rules.allow, f"mcp__{TOOLS}")
+            self._rules = PermissionRules.model_construct(allow=allowed, ask=self._rules.ask, deny=self._rules.deny)
         go_on = bool(bind.resume_turn and bind.agent_session_id) and self._transcripts.holds(
             bind.agent_session_id or "", bind.resume_turn or ""
         )
@@ -171,6 +177,21 @@ class Agent:
                 detail = "\n".join([repr(error), *self._stderr])
                 raise AgentStartFailed(operator_detail=detail) from error
         self._send(lambda n: AgentReady(n=n, resumed_turn=bind.resume_turn if go_on else None))
+
+    def _has_tools(self, bind: Bind) -> bool:
+        return bind.tools and self._bootstrap.gateway_socket is not None
+
+    def _plugins(self, bind: Bind) -> list[str]:
+        skills = self._bootstrap.skills if self._has_tools(bind) else None
+        return [*self._bootstrap.plugins, *([skills] if skills is not None else [])]
+
+    def _own_servers(self, bind: Bind) -> dict[str, Any]:
+        """The gateway's tools, which this process answers for."""
+        boot = self._bootstrap
+        if not self._has_tools(bind) or boot.gateway_socket is None:
+            return {}
+        tools = SessionTools(boot.gateway_socket, boot.agent_token, patience_seconds=boot.reconnect_window_seconds)
+        return {TOOLS: {"type": "sdk", "name": TOOLS, "instance": tools.server()}}
 
     def _options(self, bind: Bind, *, go_on: bool) -> sdk.ClaudeAgentOptions:
         spec, boot = bind.spec, self._bootstrap
@@ -219,8 +240,8 @@ class Agent:
             permission_mode=bind.permission_mode,  # type: ignore[arg-type]
             allowed_tools=spec.allowed_tools or [],
             disallowed_tools=spec.disallowed_tools or [],
-            mcp_servers=spec.mcp_servers or {},  # type: ignore[arg-type]
-            plugins=[{"type": "local", "path": path} for path in boot.plugins],
+            mcp_servers={**(spec.mcp_servers or {}), **self._own_servers(bind)},  # type: ignore[dict-item]
+            plugins=[{"type": "local", "path": path} for path in self._plugins(bind)],
             agents={name: sdk.AgentDefinition(**agent) for name, agent in (spec.agents or {}).items()} or None,
             include_partial_messages=True,
             session_store=_Mirror(self._mirror),  # type: ignore[arg-type]

@@ -140,6 +140,8 @@ class Keeper:
                 if self._vault is not None and not self._closed and event.session_id not in self._told:
                     self._reading[event.session_id] = time.monotonic()
                 self.wake(event.session_id)
+            elif event.type == "child.ended":
+                self.wake(event.session_id)  # they may work on the same files
 
     def holds(self, session_id: str) -> bool:
         """Whether the next turn should wait: while the files are brought in, or read, the latter for a while and no more."""
@@ -216,7 +218,7 @@ class Keeper:
             return False
         due = session.snapshot_due
         await self._hold_to_quota(session, due)
-        if self._vault is None or session.workspace.type == "user":
+        if self._vault is None or session.workspace.type == "user" or session.files_of is not None:
             await self._store.write(lambda tx: no_longer_due(tx, session_id, due))
             return True
         with contextlib.suppress(SnapshotMissing):  # they come back before the next turn
@@ -342,6 +344,12 @@ class Keeper:
             Unavailable: the object store is away; nothing has changed, and it can be tried again.
             CloneFailed, SecretMissing: what it begins with cannot be had; likewise.
         """
+        if session.files_of is not None:
+            owner = session.files_of
+            found = await self._store.read(lambda tx: tx.sessions.get(owner))
+            if found is None:
+                return
+            session = found
         async with self.changing(session):
             await self._ensure(session)
 

@@ -13,9 +13,9 @@ from carrel.model import PermissionMode
 from carrel.protocol.environments import EnvironmentSpec
 from carrel.protocol.spec import SessionSpec
 
-__all__ = ["NARROWING", "agents_options", "check_options"]
+__all__ = ["MODES", "NARROWING", "agents_options", "check_options"]
 
-_MODES: Final = (
+MODES: Final = (
     PermissionMode.PLAN,
     PermissionMode.DONT_ASK,
     PermissionMode.DEFAULT,
@@ -44,7 +44,7 @@ def check_options(name: str, environment: EnvironmentSpec, own: SessionSpec) -> 
 def _wider_mode(ceiling: PermissionMode | None, wish: PermissionMode | str | None) -> bool:
     if ceiling is None or wish is None:
         return False
-    return _MODES.index(PermissionMode(wish)) > _MODES.index(ceiling)
+    return MODES.index(PermissionMode(wish)) > MODES.index(ceiling)
 
 
 def _permission_mode(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
@@ -72,6 +72,15 @@ def _allow_rules(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
         return None
     more = [rule for rule in own.permission_rules().allow if rule not in allowed]
     return f"{_listed(more)} is not among {_listed(allowed)}" if more else None
+
+
+def _session_tools(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
+    given = environment.options
+    if not own.session_tools or given.session_tools:
+        return None
+    if given.session_tools is None and given.tools is None:
+        return None
+    return "it has none, or names the tools that there are"
 
 
 def _max_turns(environment: EnvironmentSpec, own: SessionSpec) -> str | None:
@@ -117,6 +126,7 @@ NARROWING: Final[Mapping[str, Callable[[EnvironmentSpec, SessionSpec], str | Non
     "skills": _among("skills"),
     "setting_sources": _among("setting_sources"),
     "max_turns": _max_turns,
+    "session_tools": _session_tools,
     "env_vars": _variables,
 }
 """The options that a session cannot choose freely where its environment names them; each says why it refuses, or None."""

@@ -59,6 +59,7 @@ from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
 from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import Hub, Link
+from carrel.sessions.inheritance import Rights
 from carrel.sessions.keeper import RELEASE, Keeper
 from carrel.sessions.kept import forget_files
 from carrel.sessions.memory import Memory
@@ -72,6 +73,7 @@ _LOOK_AGAIN_SECONDS = 1.0
 _WORKSPACE_LOOK_SECONDS = 0.25
 _FETCH_AGAIN_SECONDS = 2.0
 _FILES_SECONDS = 1.0
+_BELOW_GONE_SECONDS = 0.1
 _EXCESS: dict[abc.Excess, type[TurnFailure]] = {
     abc.Excess.MEMORY: SandboxOutOfMemory,
     abc.Excess.PROCESSES: SandboxOutOfProcesses,
@@ -194,8 +196,7 @@ class Owner:
         view = await self._store.read(lambda tx: steps.view(tx, session_id))
         _name_turn(view.live or next(iter(view.queued), None))
         if view.session is None:
-            await self._remove(session_id, view)
-            return None
+            return await self._remove(session_id, view)
         session = view.session
         # First of all, so that whoever has asked for its end and waits for one step finds it ended.
         if view.sandbox is not None and view.sandbox.status is SandboxStatus.ENDING:
@@ -207,7 +208,8 @@ class Owner:
         if await self._expire(session, view.queued) or await self._expire_asked(view.asked):
             return 0.0
         if session.expires_at is not None and session.expires_at <= utc_now() and _unused(view):
-            await self._store.write(lambda tx: steps.mark_deleted(tx, session_id))
+            for below in await self._store.write(lambda tx: steps.mark_deleted(tx, session_id)):
+                self._hub.poke(below.id)
             return 0.0
         return _sooner(await self._advance(session, view), [*view.queued, *view.asked])
 
@@ -431,6 +433,7 @@ class Owner:
                 session_id=session.id,
                 spec=spec,
                 permission_mode=mode,
+                tools=bool(spec.session_tools),
                 agent_session_id=session.agent_session_id,
                 reconcile=sandbox.generation > 1,
                 resume_turn=view.live.id if view.live is not None else None,
@@ -453,6 +456,17 @@ class Owner:
         if spec.model is None and self._options.default_model is not None:
             spec = spec.model_copy(update={"model": self._options.default_model})
         return spec, spec.permission_mode or (PermissionMode.BYPASS if isolated else PermissionMode.DEFAULT)
+
+    def rights(self, session: Session, environment: Environment) -> Rights:
+        """What the session's agent may do in this version of an environment.
+
+        Raises:
+            SandboxLaunchFailed: there is no such runtime as the environment names.
+        """
+        isolated = self._runtimes.named(environment.spec.runtime).isolated
+        spec, mode = self._agent_options(session, environment, isolated=isolated)
+        network = self.network(session, environment.spec.sandbox)
+        return Rights(environment=environment, spec=spec, permission_mode=mode, network=network)
 
     async def apply_live_options(self, session: Session) -> None:
         """Have the session's agent, if it is connected, use the model and the permission mode that the session asks for.
@@ -658,18 +672,24 @@ class Owner:
             await self._hub.tell_answer(interaction)
         return bool(late)
 
-    async def _remove(self, session_id: str, view: steps.View) -> None:
-        """The session is deleted: end its sandbox, remove its files, then its rows."""
+    async def _remove(self, session_id: str, view: steps.View) -> float | None:
+        """The session is deleted: end its sandbox, remove its files, then its rows; those below it go before it."""
         if not view.deleting:
-            return
+            return None
         if view.sandbox is not None:
             await self._end(view.sandbox, gracefully=False)
+        if left := await self._store.read(lambda tx: list(tx.trees.left(session_id))):
+            # They may work in its folder.
+            for below in left:
+                self._hub.poke(below)
+            return _BELOW_GONE_SECONDS
         await self._keeper.forget(session_id)
         await self._run_blocking(self._folders.remove, session_id)
         reached("delete.files_gone")
         await self._store.write(lambda tx: _removed(tx, session_id))
         self._keeper.doomed()
         self._launches.pop(session_id, None)
+        return None
 
 
 # --------------------------------------------------------------------------------------------------- the transactions

@@ -63,6 +63,7 @@ from carrel.sessions.environments import (
     spend_environment,
 )
 from carrel.sessions.hub import Hub
+from carrel.sessions.inheritance import check_within
 from carrel.sessions.keeper import FORK, RELEASE, Keeper
 from carrel.sessions.narrowing import check_options
 from carrel.sessions.owner import Owner
@@ -71,6 +72,7 @@ from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.snapshots import check_not_rewound, is_rewound
 from carrel.sessions.steps import mark_deleted
 from carrel.sessions.streams import Streams
+from carrel.sessions.trees import TreeLimits, stop_with_children
 from carrel.sessions.workspaces import check_quota, open_workspace
 from carrel.workspaces.files import WorkspaceFiles
 from carrel.workspaces.folders import Folders
@@ -82,6 +84,7 @@ log = structlog.get_logger(__name__)
 _PAGE = 500
 _OF_ENVIRONMENT = frozenset({"environment", "environment_version"})
 _SETTLE_SECONDS = 10.0
+_GO_ON = "You were paused in the middle of your work. Go on where you left off."
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class ServiceOptions:
     defaults: SessionSpec = field(default_factory=SessionSpec)
     """The options of sessions whose creators do not name them."""
     default_ttl_seconds: int | None = None
+    trees: TreeLimits = field(default_factory=TreeLimits)
     trace: Callable[[], dict[str, str]] = dict
     """The context that is stored with a turn where it is accepted; empty where nobody traces."""
 
@@ -173,8 +177,8 @@ class SessionService:
         """
         if principal.session_id is not None:
             raise BoundToSession
-        self._check_mode(_with_defaults(body.spec(), self._options.defaults).permission_mode)
-        self._check_budget(body.budget)
+        self.check_mode(_with_defaults(body.spec(), self._options.defaults).permission_mode)
+        self.check_budget(body.budget)
         if body.ttl_seconds is None:
             body = body.model_copy(update={"ttl_seconds": self._options.default_ttl_seconds})
         options = self._options
@@ -188,11 +192,11 @@ class SessionService:
         def work(tx: abc.Transaction) -> tuple[Session, bool]:
             environment = open_environment(tx, principal, body.environment)
             check_running(tx, environment.name)
-            self._check_options(environment, body.spec())
+            self.check_options(environment, body.spec())
             self.keeper.cloner.check(environment.name, environment.spec, body.workspace or Workspace())
             limits.spend(tx, principal.user)
             spend_environment(tx, environment, principal.user)
-            own = self._own_options(environment, body.spec())
+            own = self.own_options(environment, body.spec())
             wanted = _new_session(tx, principal, own, body, environment, utc_now())
             session = self._pool.take(tx, environment, wanted, user_config=shown)
             if session is None:
@@ -251,8 +255,8 @@ class SessionService:
         """Change what is given. Some options reach the running agent, the others its next start."""
         given = body.model_fields_set
         options = given & set(SessionSpec.model_fields)
-        self._check_mode(body.permission_mode)
-        self._check_budget(body.budget)
+        self.check_mode(body.permission_mode)
+        self.check_budget(body.budget)
 
         def work(tx: abc.Transaction) -> Session:
             session = _session(tx, principal, session_id)
@@ -270,7 +274,8 @@ class SessionService:
                 changes["budget"] = environments_budget(environment, budget, given="budget" in given)
             if options or moved:
                 wanted = self._changed_options(session, body, environment)
-                self._check_options(environment, wanted)
+                self.check_options(environment, wanted)
+                self._check_within_parent(tx, session, wanted, environment)
                 changes["spec"] = wanted.model_dump(mode="json", exclude_none=True)
             if not changes:
                 return session
@@ -285,6 +290,16 @@ class SessionService:
         if options & LIVE_FIELDS:
             await self._owner.apply_live_options(session)
         return session
+
+    def _check_within_parent(
+        self, tx: abc.Transaction, session: Session, wanted: SessionSpec, environment: Environment
+    ) -> None:
+        above = tx.trees.above(session) if session.lineage else ()
+        if not above:
+            return
+        parent = above[0]
+        changed = session.model_copy(update={"spec": wanted.model_dump(mode="json", exclude_none=True)})
+        check_within(self._owner.rights(parent, environment_of(tx, parent)), self._owner.rights(changed, environment))
 
     def _moved(self, tx: abc.Transaction, principal: Principal, session: Session, body: UpdateSession) -> Environment:
         """The environment that the session is to be in: its own version, where the body says nothing of it."""
@@ -315,7 +330,7 @@ class SessionService:
         back = None if session.environment_version > 0 else options
         return _with_defaults(own, SessionSpec.model_validate(self._options.defaults.model_dump(include=back)))
 
-    def _own_options(self, environment: Environment, given: SessionSpec) -> SessionSpec:
+    def own_options(self, environment: Environment, given: SessionSpec) -> SessionSpec:
         """What a new session's row says: in `default` as the settings say, it keeps their defaults as they are now."""
         return given if environment.version > 0 else _with_defaults(given, self._options.defaults)
 
@@ -323,12 +338,14 @@ class SessionService:
         """Delete the session for good, with its files. Its processes are gone when this returns."""
         await self._keep_last(await self.get(principal, session_id))
 
-        def work(tx: abc.Transaction) -> None:
+        def work(tx: abc.Transaction) -> list[Session]:
             _session(tx, principal, session_id)
-            mark_deleted(tx, session_id)
+            return mark_deleted(tx, session_id)
 
-        await self._store.write(work)
+        below = await self._store.write(work)
         reached("delete.marked")
+        for depth in sorted({each.depth for each in below}, reverse=True):
+            await asyncio.gather(*(self._scheduler.settle(each.id) for each in below if each.depth == depth))
         await self._scheduler.settle(session_id)
 
     async def _keep_last(self, session: Session) -> None:
@@ -343,34 +360,80 @@ class SessionService:
             log.warning("snapshot.not_taken", session=session.id, why=repr(error))
 
     async def stop(self, principal: Principal, session_id: str) -> Session:
-        """Stop by hand: the running turn is interrupted, queued ones are cancelled, the process ends."""
+        """Stop by hand: the running turn is interrupted, queued ones are cancelled, the process ends.
+
+        So are the sessions below it that are not to outlast it.
+        """
+
+        def work(tx: abc.Transaction) -> list[str]:
+            return stop_with_children(tx, _session(tx, principal, session_id), lambda each: _stop(tx, each))
+
+        stopped = await self._store.write(work)
+        await asyncio.gather(*(self._scheduler.settle(each) for each in stopped))
+        return await self.get(principal, session_id)
+
+    async def pause(self, principal: Principal, session_id: str) -> Session:
+        """Stop a session so that `resume` has it go on: its turn is interrupted, and what waits goes on waiting."""
 
         def work(tx: abc.Transaction) -> None:
             session = _session(tx, principal, session_id)
             if session.status is SessionStatus.STOPPED:
                 return
             live = tx.turns.live(session_id)
+            _stop(tx, session, cancel=False)
             if live is not None:
-                transitions.complete_turn(tx, session, live, TurnStatus.INTERRUPTED, stop_reason=StopReason.INTERRUPTED)
-            for turn in tx.turns.queued(session_id):
-                transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
-            sandbox = tx.sandboxes.current(session_id)
-            if sandbox is not None:
-                tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)
-            reason = StopReason.INTERRUPTED if live is not None else session.stop_reason
-            transitions.set_status(tx, session, SessionStatus.STOPPED, stop_reason=reason)
+                tx.sessions.update(session_id, paused_turn=live.id)
 
         await self._store.write(work)
         await self._scheduler.settle(session_id)
         return await self.get(principal, session_id)
 
+    async def redirect(
+        self, principal: Principal, session_id: str, body: CreateTurn, mark: Mark | None = None
+    ) -> tuple[Turn, int]:
+        """Give a session another instruction now: the turn at work is interrupted, and this prompt queued, in one step.
+
+        Answers as `create_turn` does, and raises what that raises.
+        """
+        if self._owner.draining:
+            raise Draining
+        self.check_budget(body.budget)
+        trace = self._options.trace()
+
+        def work(tx: abc.Transaction) -> tuple[Turn, int]:
+            session = _session(tx, principal, session_id)
+            live = tx.turns.live(session_id)
+            if live is not None:
+                reason = live.interrupt_reason or StopReason.INTERRUPTED
+                tx.turns.update(live.id, interrupt_reason=reason)
+            return self.queue(tx, session, body, mark, trace)
+
+        answer = await self._store.write(work)
+        self._scheduler.poke(session_id)
+        return answer
+
     async def resume(self, principal: Principal, session_id: str) -> Session:
-        """Take a stopped or failed session up again; one that is neither stays as it is."""
+        """Take a stopped or failed session up again; one that is neither stays as it is.
+
+        One that was paused in the middle of a turn is told to go on.
+
+        Raises:
+            ChildLimitReached: it is a child, and there are as many at work already as are allowed.
+        """
 
         def work(tx: abc.Transaction) -> None:
             session = _session(tx, principal, session_id)
-            if session.status in (SessionStatus.STOPPED, SessionStatus.FAILED):
-                transitions.set_status(tx, session, SessionStatus.IDLE, **transitions.touch(session, utc_now()))
+            if session.status not in (SessionStatus.STOPPED, SessionStatus.FAILED):
+                return
+            parent = tx.sessions.get(session.parent_id) if session.parent_id is not None else None
+            if parent is not None:
+                tx.users.lock(session.owner)
+                self._options.trees.spend(tx, parent)
+            paused = session.paused_turn is not None
+            changes = {**transitions.touch(session, utc_now()), "paused_turn": None}
+            session = transitions.set_status(tx, session, SessionStatus.IDLE, **changes)
+            if paused:
+                self.queue(tx, tx.sessions.get(session_id) or session, CreateTurn(prompt=_GO_ON), None, {})
 
         await self._store.write(work)
         self._scheduler.poke(session_id)
@@ -422,7 +485,8 @@ class SessionService:
         new = new_id()
         # What outlives a session belongs to a user of its own; a folder of the session's own to nobody else.
         uid_number = None if source.workspace.is_own else source.uid_number
-        target = source.model_copy(update={"id": new, "number": number, "uid_number": uid_number})
+        place = {"id": new, "number": number, "uid_number": uid_number, "files_of": None}
+        target = source.model_copy(update=place)
         if snapshot is not None:
             await self.keeper.copy(snapshot, target)
             await self.run_blocking(self.folders.make, target)
@@ -548,7 +612,7 @@ class SessionService:
         """
         if self._owner.draining:
             raise Draining
-        self._check_budget(body.budget)
+        self.check_budget(body.budget)
         await self._wait_for_memory(principal, session_id)
 
         link = await self._owner.idle_agent(session_id)
@@ -558,7 +622,7 @@ class SessionService:
             session = _session(tx, principal, session_id)
             if alone and (tx.turns.live(session_id) is not None or tx.turns.queued(session_id)):
                 raise SessionBusy
-            turn, before = self._queue(tx, session, body, mark, trace)
+            turn, before = self.queue(tx, session, body, mark, trace)
             if link is None:
                 return turn, before, None
             return turn, before, self._owner.start_if_free(tx, turn.id, link.sandbox_id)
@@ -584,9 +648,17 @@ class SessionService:
         if await self._store.read(needs_one):
             await self._owner.memory.wait_for_room(session_id)
 
-    def _queue(
-        self, tx: abc.Transaction, session: Session, body: CreateTurn, mark: Mark | None, trace: dict[str, str]
+    def queue(
+        self,
+        tx: abc.Transaction,
+        session: Session,
+        body: CreateTurn,
+        mark: Mark | None,
+        trace: dict[str, str],
+        *,
+        turn_id: str | None = None,
     ) -> tuple[Turn, int]:
+        """Queue a prompt in the caller's transaction, which also made sure that the caller may."""
         if session.status is SessionStatus.STOPPED:
             raise SessionStopped
         if session.status is SessionStatus.FAILED:
@@ -601,7 +673,7 @@ class SessionService:
         now = utc_now()
         seconds = body.queue_timeout_seconds
         turn = Turn(
-            id=new_id(),
+            id=turn_id or new_id(),
             session_id=session.id,
             number=tx.turns.next_number(session.id),
             status=TurnStatus.QUEUED,
@@ -703,17 +775,25 @@ class SessionService:
         """Have the session looked at, and wait for that."""
         await self._scheduler.settle(session_id)
 
-    def _check_budget(self, budget: Budget | None) -> None:
+    @property
+    def options(self) -> ServiceOptions:
+        """The bounds of what callers may do."""
+        return self._options
+
+    def check_budget(self, budget: Budget | None) -> None:
+        """Make sure that a budget can hold here. Raises ValidationFailed."""
         if budget is not None and not budget.unlimited and not self._options.metered:
             raise ValidationFailed("budget: none can hold here, since agents ask the model's provider themselves")
 
-    def _check_options(self, environment: Environment, own: SessionSpec) -> None:
+    def check_options(self, environment: Environment, own: SessionSpec) -> None:
+        """Make sure that a session of the environment may have these options. Raises EnvironmentForbids."""
         check_options(environment.name, environment.spec, own)
         most = self._owner.network_given(environment.spec.sandbox)
         if own.network is not None and not own.network.within(most):
             raise EnvironmentForbids(f"network: a session may narrow what it is given, and this is more than {most}.")
 
-    def _check_mode(self, mode: PermissionMode | None) -> None:
+    def check_mode(self, mode: PermissionMode | None) -> None:
+        """Make sure that agents may have this mode here. Raises Forbidden."""
         if mode is PermissionMode.BYPASS and not self._options.allow_bypass:
             raise Forbidden(
                 "bypassPermissions is refused where sandboxes are not isolated. Use another permission_mode, or have "
@@ -729,6 +809,24 @@ def _session(tx: abc.Transaction, principal: Principal, session_id: str) -> Sess
     if session is None or not principal.may_see(session):
         raise SessionNotFound
     return session
+
+
+def _stop(tx: abc.Transaction, session: Session, *, cancel: bool = True) -> None:
+    """End what the session does, and its process; without `cancel`, what waits goes on waiting."""
+    found = tx.sessions.get(session.id)
+    if found is None or found.status is SessionStatus.STOPPED:
+        return
+    session = found
+    live = tx.turns.live(session.id)
+    if live is not None:
+        transitions.complete_turn(tx, session, live, TurnStatus.INTERRUPTED, stop_reason=StopReason.INTERRUPTED)
+    for turn in tx.turns.queued(session.id) if cancel else ():
+        transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
+    sandbox = tx.sandboxes.current(session.id)
+    if sandbox is not None:
+        tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)
+    reason = StopReason.INTERRUPTED if live is not None else session.stop_reason
+    transitions.set_status(tx, session, SessionStatus.STOPPED, stop_reason=reason)
 
 
 def _turn(tx: abc.Transaction, principal: Principal, session_id: str, turn_id: str) -> Turn:

@@ -160,6 +160,8 @@ def _check_at_rest(tx: abc.Transaction, session: Session, *, shared: bool) -> No
         raise TurnAtWork
     if session.status is SessionStatus.STARTING:
         raise TurnAtWork
+    if shared and (session.files_of is not None or _with_children(tx, session)):
+        raise FilesShared
     if not shared or session.workspace_id is None:
         return
     workspace = tx.workspaces.get(session.workspace_id)
@@ -167,6 +169,12 @@ def _check_at_rest(tx: abc.Transaction, session: Session, *, shared: bool) -> No
         raise FilesShared
     if any(each.session_id != session.id for each in tx.sandboxes.in_workspace(workspace.id)):
         raise FilesShared("Another session is in this workspace now; let it come to rest first.")
+
+
+def _with_children(tx: abc.Transaction, session: Session) -> bool:
+    """Whether sessions below it work in its folder."""
+    at_rest = (SessionStatus.STOPPED, SessionStatus.FAILED)
+    return any(each.files_of == session.id and each.status not in at_rest for each in tx.trees.below(session.id))
 
 
 def _session(tx: abc.Transaction, principal: Principal, session_id: str) -> Session:

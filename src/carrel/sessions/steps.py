@@ -94,10 +94,16 @@ def goes_on(turn: Turn) -> bool:
     return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE and turn.interrupt_reason is None
 
 
-def mark_deleted(tx: abc.Transaction, session_id: str) -> None:
-    """The session is gone for everyone from here on; the owner removes what is left of it."""
-    transitions.emit(tx, session_id, SessionDeleted())
-    tx.sessions.mark_deleting(session_id)
+def mark_deleted(tx: abc.Transaction, session_id: str) -> list[Session]:
+    """The session is gone for everyone from here on, with all below it; owners remove what is left of them.
+
+    Answers those below, each before its parent.
+    """
+    below = list(reversed(tx.trees.below(session_id)))
+    for gone in (*(each.id for each in below), session_id):
+        transitions.emit(tx, gone, SessionDeleted())
+        tx.sessions.mark_deleting(gone)
+    return below
 
 
 class Launching(Enum):

@@ -15,6 +15,7 @@ from carrel.model import (
     InteractionStatus,
     Session,
     SessionStatus,
+    SnapshotReason,
     StopReason,
     Turn,
     TurnOrigin,
@@ -184,7 +185,29 @@ def complete_turn(
         ),
         turn_id=turn.id,
     )
+    _tell_others(tx, session, ended)
     return ended
+
+
+def _tell_others(tx: abc.Transaction, session: Session, ended: Turn) -> None:
+    """The end of a child's turn stands in its parent's log too, and the files it has worked on are to be kept."""
+    if session.parent_id is None:
+        return
+    if session.files_of is not None:
+        owner = tx.sessions.get(session.files_of)
+        if owner is not None and owner.snapshot_due is None and ended.started_at is not None:
+            tx.sessions.update(owner.id, snapshot_due=SnapshotReason.RELEASE.value)
+    if tx.sessions.get(session.parent_id) is None:
+        return
+    told = events.ChildEnded(
+        child_session_id=session.id,
+        turn_id=ended.id,
+        status=ended.status,
+        stop_reason=ended.stop_reason,
+        error=ended.error,
+        cost_usd=ended.cost_usd,
+    )
+    emit(tx, session.parent_id, told)
 
 
 def fail_turn(tx: abc.Transaction, session: Session, turn: Turn, error: Failure, stop_reason: StopReason) -> Turn:

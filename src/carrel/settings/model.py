@@ -120,6 +120,9 @@ class Limits(Group):
 
     max_sessions: int | None = Field(default=None, ge=1, description="Sessions in all.")
     max_sessions_per_user: int | None = Field(default=None, ge=1, description="Sessions of one user.")
+    max_depth: int = Field(default=5, ge=0, description="Sessions above one; 0: none begins another.")
+    max_children: int = Field(default=10, ge=0, description="Sessions that one has begun; stopped ones do not count.")
+    max_tree: int = Field(default=50, ge=0, description="Sessions below the first of a tree; likewise.")
     max_concurrent_turns: int | None = Field(default=None, ge=1, description="Turns at work in all; others wait.")
     max_waiting_turns: int = Field(default=1000, ge=1, description="Turns that may wait, in all sessions together.")
     memory_mb: int | None = Field(

@@ -93,6 +93,13 @@ sessions = sa.Table(
     sa.Column("reserved", sa.String(64)),
     sa.Column("environment", sa.String(64), nullable=False, server_default="default"),
     sa.Column("environment_version", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("parent_id", sa.String(36)),
+    sa.Column("root_id", sa.String(36)),
+    sa.Column("depth", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("lineage", sa.JSON, nullable=False, server_default=sa.text("'[]'")),
+    sa.Column("birth", sa.JSON(none_as_null=True)),
+    sa.Column("files_of", sa.String(36)),
+    sa.Column("paused_turn", sa.String(36)),
     # Of the few alone: whoever asks for all others wants them by another index.
     sa.Index(
         "ix_sessions_reserved",
@@ -106,6 +113,16 @@ sessions = sa.Table(
     sa.Index("ix_sessions_workspace_id", "workspace_id"),
     sa.Index("ix_sessions_snapshot_due", "snapshot_due"),
     sa.Index("ix_sessions_environment", "environment"),
+    sa.Index("ix_sessions_parent_id", "parent_id"),
+)
+
+# It outlives the session below, so that what that has spent still counts for the one above.
+ancestry = sa.Table(
+    "ancestry",
+    metadata,
+    _id("session_id", primary_key=True),
+    _id("ancestor_id", primary_key=True),
+    sa.Index("ix_ancestry_ancestor_id", "ancestor_id"),
 )
 
 stopped_environments = sa.Table(

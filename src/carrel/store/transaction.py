@@ -18,6 +18,7 @@ class SqlTransaction(abc.Transaction):
         self._connection = connection
         self.sessions = rows.SqlSessions(connection, writing=writing)
         self.pools = rows.SqlPools(connection)
+        self.trees = rows.SqlTrees(connection)
         self.turns = rows.SqlTurns(connection)
         self.counts = rows.SqlCounts(connection)
         self.log = rows.SqlEvents(connection)

@@ -23,6 +23,7 @@ from carrel.protocol.spec import CreateSession, CreateTurn
 from carrel.sessions.admission import Admission
 from carrel.sessions.archives import ArchiveBounds, Archives
 from carrel.sessions.artifacts import Artifacts
+from carrel.sessions.children import Children
 from carrel.sessions.diffs import Diffs
 from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments, check_environment
@@ -41,6 +42,7 @@ from carrel.sessions.secrets import Keyring, Secrets
 from carrel.sessions.service import ServiceOptions, SessionService
 from carrel.sessions.snapshots import Snapshots
 from carrel.sessions.streams import Streams
+from carrel.sessions.tree_streams import TreeStreams
 from carrel.sessions.workspaces import NamedWorkspaces
 from carrel.store import SqliteStore
 from carrel.testing.fakes import FakeHost, FakeRuntime
@@ -183,6 +185,17 @@ class FakeGateway:
             options=service_options,
             pool=self.pool,
         )
+        self.children = Children(
+            self.store,
+            self.service,
+            self.owner,
+            self.scheduler,
+            self.folders,
+            self.keeper,
+            run_blocking=asyncio.to_thread,
+            allowances=owner_options.allowances,
+        )
+        self.trees = TreeStreams(self.store, self.streams)
         self.interactions = Interactions(self.store, self.hub)
         self.secrets = secrets
         self.environments = Environments(

@@ -50,7 +50,7 @@ class Folders:
             return self._users / session.owner / (session.workspace.subdir or "")
         if session.workspace_id is not None:
             return self._workspaces / session.workspace_id / "files"
-        return self._root / session.id / "workspace"
+        return self._root / (session.files_of or session.id) / "workspace"
 
     def within(self, session: Session) -> Path | None:
         """The last folder above the workspace that no agent can change; None where that is the workspace itself."""
@@ -96,7 +96,7 @@ class Folders:
         self._make(self.home(session), self.owner(session))
         if session.workspace.type == "user":
             self.check(session)
-        else:
+        elif session.files_of is None or not self.workspace(session).is_dir():
             self.workspace(session).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._make(self.workspace(session), self.owner(session))
 
@@ -175,6 +175,19 @@ class Folders:
             (self._root / target.id).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.files(source).copy_to(self.workspace(target), owner=self.owner(target))
         self.make(target)
+
+    def clone(self, source: Session, target: Session) -> None:
+        """Copy a session's workspace to one that has none yet, and keep another copy beside it for `base`."""
+        folder = self._root / target.id
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.files(source).copy_to(folder / "workspace", owner=self.owner(target))
+        self._files(target).copy_to(folder / "base", owner=self.owner(target))
+        self.make(target)
+
+    def base(self, session: Session) -> WorkspaceFiles | None:
+        """The files of a clone as they were when it was made, out of its agent's reach; None where they are lost."""
+        path = self._root / session.id / "base"
+        return WorkspaceFiles(path, owner=self.owner(session)) if path.is_dir() else None
 
     def remove(self, session_id: str) -> None:
         """Remove what is the session's alone, and all that is in it. Whoever writes there must be gone."""

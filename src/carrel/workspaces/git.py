@@ -25,7 +25,7 @@ from pathlib import Path
 from carrel.errors import FileNotFound, FileTooLarge, NotARepository
 from carrel.workspaces.files import WorkspaceFiles
 
-__all__ = ["Diff", "Git", "Ran", "diff", "temporary_place"]
+__all__ = ["Diff", "Git", "Owner", "Ran", "diff", "give", "temporary_place"]
 
 Owner = tuple[int, int]
 
@@ -84,7 +84,7 @@ def diff(files: WorkspaceFiles, owner: Owner | None) -> Diff:
         index = own / "index"
         if index.is_file() and not index.is_symlink():
             shutil.copyfile(index, repository / "index")
-        _give(repository, owner)
+        give(repository, owner)
         variables = {
             "GIT_DIR": str(repository),
             "GIT_WORK_TREE": str(work),
@@ -214,7 +214,7 @@ def temporary_place(owner: Owner | None) -> Iterator[Path]:
     """A folder that only we and the owner can get at, which no sandbox is shown."""
     with tempfile.TemporaryDirectory(prefix="carrel-git-", dir=_root(owner)) as folder:
         place = Path(folder)
-        _give(place, owner)
+        give(place, owner)
         yield place
 
 
@@ -235,7 +235,7 @@ def _make_repository(repository: Path) -> None:
         (repository / name).mkdir(parents=True)
 
 
-def _give(folder: Path, owner: Owner | None) -> None:
+def give(folder: Path, owner: Owner | None) -> None:
     if owner is None or os.geteuid() != 0:
         return
     os.chown(folder, *owner)

@@ -30,12 +30,21 @@ FAILURE = Failure(code="sandbox_lost", message="It is “gone”.")
 TEXT = 'é "quoted" {braces} 𝄞\n\u2028\u0000\\'
 
 SAMPLES: dict[str, EventData] = {
-    "session.created": events.SessionCreated(title=TEXT, forked_from="s0", forked_at_turn="t0"),
+    "session.created": events.SessionCreated(title=TEXT, forked_from="s0", forked_at_turn="t0", parent_id="s1"),
     "session.updated": events.SessionUpdated(changed=["model", "tools"], at_next_launch=["tools"]),
     "session.status_changed": events.SessionStatusChanged(
         status=SessionStatus.FAILED, previous=SessionStatus.STARTING, stop_reason=StopReason.ERROR, error=FAILURE
     ),
     "session.rewound": events.SessionRewound(to_turn_id="t1", snapshot_id="n1"),
+    "child.created": events.ChildCreated(child_session_id="s2", turn_id="t2", task_type=TEXT),
+    "child.ended": events.ChildEnded(
+        child_session_id="s2",
+        turn_id="t2",
+        status=TurnStatus.FAILED,
+        stop_reason=StopReason.SANDBOX_LOST,
+        error=FAILURE,
+        cost_usd=0.125,
+    ),
     "workspace.restored": events.WorkspaceRestored(snapshot_id="n1", reason="lost", taken_at=AT, seq=7),
     "workspace.lost": events.WorkspaceLost(message=TEXT),
     "workspace.snapshot_failed": events.WorkspaceSnapshotFailed(code="object_store_unavailable", message=TEXT),

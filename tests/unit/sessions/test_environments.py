@@ -291,6 +291,7 @@ STRICT = spec(
         ({"skills": []}, {"skills": "all"}),
         ({"setting_sources": []}, {"setting_sources": ["project"]}),
         ({"max_turns": 5}, {"max_turns": 11}),
+        ({"session_tools": False}, {"session_tools": True}),
         ({"env_vars": {"MINE": "1"}}, {"env_vars": {"FIXED": "2"}}),
         (
             {"agents": {"a": {"description": "d", "prompt": "p", "tools": ["Read"], "permissionMode": "plan"}}},

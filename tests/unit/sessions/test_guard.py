@@ -268,7 +268,7 @@ async def test_a_turn_that_is_queued_waits_for_its_sandbox(short: FakeGateway, h
     await short.guard.look()
     short.owner.memory._expected[other.id] = 0.0  # admitted, and so late that it no longer counts
     queued = await short.store.write(
-        lambda tx: short.service._queue(tx, tx.sessions.get(other.id), _prompt(), None, {})  # type: ignore[arg-type]
+        lambda tx: short.service.queue(tx, tx.sessions.get(other.id), _prompt(), None, {})  # type: ignore[arg-type]
     )
     short.scheduler.poke(other.id)
     await short.scheduler.settle(other.id)

@@ -21,21 +21,37 @@ from carrel.api.dependencies import PrincipalDep, Services, ServicesDep, need, s
 from carrel.api.problems import responses
 from carrel.api.routes.shapes import EXAMPLE_EVENT, Limit, SessionId
 from carrel.api.routes.turns import EXAMPLE_STREAM
-from carrel.errors import AuthenticationRequired, CarrelError, Forbidden, SessionNotFound, ValidationFailed
+from carrel.errors import (
+    AuthenticationRequired,
+    CarrelError,
+    Forbidden,
+    InvalidCursor,
+    SessionNotFound,
+    ValidationFailed,
+)
 from carrel.model import Principal, Scope
 from carrel.protocol.events import StoredEvent
 from carrel.protocol.spec import CreateTurn
+from carrel.sessions.tree_streams import places_of
 
 log = structlog.get_logger(__name__)
 
 router = APIRouter(prefix="/sessions/{session_id}", tags=["events"])
 
-After = Annotated[int | None, Query(ge=0, le=2**62, description="Only events with a higher `seq`.")]
+After = Annotated[
+    str | None,
+    Query(
+        max_length=8192,
+        description="Only events with a higher `seq`; with `tree`, the `next_cursor` or the id of the last event.",
+    ),
+]
+_HIGHEST = 2**62
 
 
 class Event(BaseModel):
     """A stored event."""
 
+    session_id: str | None = Field(default=None, description="Whose it is; with `tree` alone.")
     seq: int = Field(description="Counts the session's events from 1, without gaps.")
     type: str
     turn_id: str | None
@@ -53,7 +69,7 @@ class EventPage(BaseModel):
 @router.get(
     "/events",
     response_model=EventPage,
-    responses=responses(SessionNotFound, ValidationFailed)
+    responses=responses(SessionNotFound, InvalidCursor, ValidationFailed)
     | {
         200: {
             "description": "A page; or, with `Accept: text/event-stream`, a live stream that ends with the session.",
@@ -71,7 +87,8 @@ async def list_events(
     services: ServicesDep,
     principal: PrincipalDep,
     after: After = None,
-    cursor: Annotated[int | None, Query(ge=0, le=2**62, description="The same as `after`.")] = None,
+    cursor: Annotated[str | None, Query(max_length=8192, description="The same as `after`.")] = None,
+    tree: Annotated[bool, Query(description="Whether those of all sessions below are among them.")] = False,
     limit: Limit = 100,
     deltas: Annotated[bool, Query(description="Whether a stream has deltas too.")] = False,
     last_event_id: Annotated[str | None, Header(description="In a stream: resumes after this `seq`.")] = None,
@@ -79,12 +96,18 @@ async def list_events(
         str | None, Query(max_length=200, description="In a stream: a single-use ticket in place of a key.")
     ] = None,
 ) -> Response:
-    """The session's events in order, from `after` on."""
-    start = after if after is not None else cursor
+    """The session's events in order, from `after` on.
+
+    With `tree`, those of every session below too, each with its `session_id`: in order within each session.
+    """
+    given = after if after is not None else cursor
+    if tree:
+        return await _tree(request, services, principal, session_id, last_event_id or given, limit)
+    start = _seq("after", given) if given is not None else None
     if sse.wanted(request):
         session = await services.sessions.get(principal, session_id)
         if last_event_id:
-            start = _seq(last_event_id)
+            start = _seq("Last-Event-ID", last_event_id)
         batches = services.sessions.streams.follow(
             session.id, after=start or 0, deltas=deltas, heartbeat_seconds=services.heartbeat_seconds
         )
@@ -93,9 +116,25 @@ async def list_events(
     return Response(_page(events, limit), media_type="application/json")
 
 
-def _seq(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise ValidationFailed("Last-Event-ID: must be the number of an event")
+async def _tree(
+    request: Request, services: Services, principal: Principal, session_id: str, after: str | None, limit: int
+) -> Response:
+    if sse.wanted(request):
+        await services.sessions.get(principal, session_id)
+        places_of(after)
+        batches = services.trees.follow(
+            principal, session_id, after=after, heartbeat_seconds=services.heartbeat_seconds
+        )
+        return sse.response(Standing(services, principal).guard(batches))
+    events = await services.trees.page(principal, session_id, after=after, limit=limit)
+    following = to_json(events[-1].cursor) if len(events) == limit else b"null"
+    body = b'{"data":[' + b",".join([event.json() for event in events]) + b'],"next_cursor":' + following + b"}"
+    return Response(body, media_type="application/json")
+
+
+def _seq(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 19 or int(text) > _HIGHEST:
+        raise ValidationFailed(f"{name}: must be the number of an event")
     return int(text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response, StreamingResponse
 
 from carrel.api.dependencies import PrincipalDep, ServicesDep, UnboundDep
@@ -32,13 +32,15 @@ from carrel.errors import (
     IdempotencyMismatch,
     InvalidCursor,
     NothingToInterrupt,
+    QueueFull,
     SessionNotFound,
+    SessionStopped,
     TurnNotFinished,
     TurnNotFound,
     ValidationFailed,
 )
 from carrel.model import Session, SessionStatus, Turn
-from carrel.protocol.spec import CreateSession, UpdateSession
+from carrel.protocol.spec import MAX_PROMPT_CHARS, CreateSession, CreateTurn, UpdateSession
 from carrel.sessions.service import Mark
 
 router = APIRouter(prefix="/sessions", tags=["sessions"])
@@ -53,11 +55,35 @@ class Fork(BaseModel):
 
 
 class InterruptBody(BaseModel):
-    """What to interrupt."""
+    """What to interrupt, and what to do instead."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "not": {
+                "required": ["turn_id", "prompt"],
+                "properties": {"turn_id": {"type": "string"}, "prompt": {"type": "string"}},
+            }
+        },
+    )
 
-    turn_id: str | None = Field(default=None, description="Only this turn; default: whichever is at work.")
+    turn_id: str | None = Field(
+        default=None, strict=True, max_length=64, description="Only this turn; default: whichever is at work."
+    )
+    prompt: str | None = Field(
+        default=None,
+        strict=True,
+        min_length=1,
+        max_length=MAX_PROMPT_CHARS,
+        pattern=r"\S",
+        description="Another instruction, queued in the same step; then nothing need be at work.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> InterruptBody:
+        if self.turn_id is not None and self.prompt is not None:
+            raise ValueError("give turn_id or prompt, not both")
+        return self
 
 
 @router.post(
@@ -161,6 +187,22 @@ async def stop_session(
 
 
 @router.post(
+    "/{session_id}/pause",
+    response_model=Session,
+    responses=responses(SessionNotFound) | {200: example(EXAMPLE_SESSION)},
+)
+async def pause_session(
+    request: Request, session_id: SessionId, services: ServicesDep, principal: PrincipalDep
+) -> Response:
+    """Stop a session so that it can go on: its turn is interrupted, queued ones wait. `resume` tells it to go on."""
+
+    async def make(mark: Mark | None) -> Response:
+        return answer(await services.sessions.pause(principal, session_id))
+
+    return await once(request, services, principal, make)
+
+
+@router.post(
     "/{session_id}/resume",
     response_model=Session,
     responses=responses(SessionNotFound) | {200: example(EXAMPLE_SESSION)},
@@ -180,7 +222,8 @@ async def resume_session(
     "/{session_id}/interrupt",
     status_code=202,
     response_model=Turn,
-    responses=responses(SessionNotFound, NothingToInterrupt) | {202: example(EXAMPLE_TURN, "It is being ended.")},
+    responses=responses(SessionNotFound, NothingToInterrupt, SessionStopped, ValidationFailed, QueueFull)
+    | {202: example(EXAMPLE_TURN, "It is being ended; with `prompt`, the turn that comes next.")},
 )
 async def interrupt_session(
     request: Request,
@@ -189,9 +232,16 @@ async def interrupt_session(
     principal: PrincipalDep,
     body: Annotated[InterruptBody, Body()] = InterruptBody(),
 ) -> Response:
-    """End the turn at work. The session can be used at once; `turn.completed` says when the turn has ended."""
+    """End the turn at work. The session can be used at once; `turn.completed` says when the turn has ended.
+
+    With `prompt` the session is given that instead: the answer is its turn.
+    """
 
     async def make(mark: Mark | None) -> Response:
+        if body.prompt is not None:
+            given = CreateTurn(prompt=body.prompt)
+            turn, _ = await services.sessions.redirect(principal, session_id, given, mark)
+            return answer(turn, status=202)
         return answer(await services.sessions.interrupt(principal, session_id, body.turn_id), status=202)
 
     return await once(request, services, principal, make)

@@ -61,6 +61,10 @@ EXAMPLE_SESSION = {
     "environment": "default",
     "environment_version": 0,
     "forked_from": None,
+    "parent_id": None,
+    "root_id": None,
+    "depth": 0,
+    "birth": None,
     "last_seq": 12,
     "turn_count": 1,
     "usage": {

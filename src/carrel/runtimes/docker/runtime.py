@@ -271,6 +271,7 @@ class DockerRuntime(abc.Runtime):
             home=view.HOME,
             config_dir=f"{view.HOME}/.claude",
             plugins=list(plugins),
+            gateway_socket=view.GATEWAY_SOCKET,
             agent_env=view.with_model(env, options.model_env) | spec.template.variables,
             direct=options.model_env is not None,
             places=_places(spec),

@@ -46,6 +46,8 @@ class LocalRuntimeOptions:
     read_only_paths: tuple[str, ...] = ()
     plugins: tuple[Path, ...] = ()
     """Folders of Claude Code's plugins, for every agent to read."""
+    skills: Path | None = None
+    """One more, with the skills that come with the gateway's tools."""
     model_env: Mapping[str, str] | None = field(default=None, repr=False)
     """What tells each agent of the model's provider, its credential included; None: agents reach our gateway alone."""
     reconnect_window_seconds: float = 300.0
@@ -123,7 +125,11 @@ class LocalRuntime(abc.Runtime):
             gateway_folder=options.gateway_folder,
             cli=options.cli_path,
             owner=spec.owner,
-            plugins=options.plugins + tuple(Path(path) for path in spec.template.plugins or ()),
+            plugins=(
+                *options.plugins,
+                *([options.skills] if options.skills is not None else []),
+                *(Path(path) for path in spec.template.plugins or ()),
+            ),
             memory_bytes=options.caps.memory_bytes,
         )
         network = spec.template.network or options.network
@@ -152,7 +158,9 @@ class LocalRuntime(abc.Runtime):
             workspace=spec.workspace,
             home=spec.home,
             config_dir=wrapped.config_dir,
-            plugins=wrapped.plugins,
+            plugins=wrapped.plugins[: len(options.plugins)],
+            skills=next(iter(wrapped.plugins[len(options.plugins) :]), None),
+            gateway_socket=str(options.gateway_folder / "gateway.sock"),
             agent_env=with_model(wrapped.env, options.model_env),
             direct=options.model_env is not None,
             late_env_path=wrapped.late_env_path,

@@ -12,6 +12,7 @@ from carrel.store.rows.pools import SqlPools
 from carrel.store.rows.sandboxes import SqlSandboxes
 from carrel.store.rows.sessions import SqlSessions
 from carrel.store.rows.transcripts import SqlTranscripts
+from carrel.store.rows.trees import SqlTrees
 from carrel.store.rows.turns import SqlTurns
 from carrel.store.rows.usage import SqlUsage
 from carrel.store.rows.workspaces import SqlArtifacts, SqlDoomed, SqlSnapshots, SqlWorkspaces
@@ -34,6 +35,7 @@ __all__ = [
     "SqlSnapshots",
     "SqlTickets",
     "SqlTranscripts",
+    "SqlTrees",
     "SqlTurns",
     "SqlUsage",
     "SqlUsers",

@@ -19,9 +19,9 @@ from carrel.store.rows.base import Rows, columns, cursor_of, number_of, plain, u
 LIVE_SESSION = (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING, SessionStatus.WAITING)
 
 
-_SESSION_COLUMNS = [tables.sessions.c[name] for name in Session.model_fields]
+SESSION_COLUMNS = [tables.sessions.c[name] for name in Session.model_fields]
 _THIS_SESSION = (tables.sessions.c.id == sa.bindparam("this")) & ~tables.sessions.c.deleting
-_GET_SESSION = sa.select(*_SESSION_COLUMNS).where(_THIS_SESSION)
+_GET_SESSION = sa.select(*SESSION_COLUMNS).where(_THIS_SESSION)
 # SQLite has one writer at a time and leaves the lock out of the statement.
 _LOCK_SESSION = _GET_SESSION.with_for_update()
 _NEXT_NUMBER = (
@@ -70,13 +70,15 @@ class SqlSessions(Rows, abc.SessionRows):
             tables.network_requests,
         ):
             self._connection.execute(table.delete().where(table.c.session_id == session_id))
+        # What is below a session goes before it; what it has spent itself goes on counting for those above it.
+        self._connection.execute(tables.ancestry.delete().where(tables.ancestry.c.ancestor_id == session_id))
         self._connection.execute(tables.sessions.delete().where(tables.sessions.c.id == session_id))
 
     def page(self, which: abc.SessionFilter, *, cursor: str | None, limit: int) -> abc.Page[Session]:
         """Newest first. Raises InvalidCursor."""
         number = tables.sessions.c.number
         taken = tables.sessions.c.reserved.is_(None)
-        query = sa.select(*_SESSION_COLUMNS).where(~tables.sessions.c.deleting, taken)
+        query = sa.select(*SESSION_COLUMNS).where(~tables.sessions.c.deleting, taken)
         query = query.order_by(number.desc()).limit(limit + 1)
         if which.owner is not None:
             query = query.where(tables.sessions.c.owner == which.owner)
@@ -165,4 +167,4 @@ def _without_nul(data: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
 
 @cache
 def _update_session(names: frozenset[str]) -> sa.Executable:
-    return update_of(tables.sessions, names).where(_THIS_SESSION).returning(*_SESSION_COLUMNS)
+    return update_of(tables.sessions, names).where(_THIS_SESSION).returning(*SESSION_COLUMNS)

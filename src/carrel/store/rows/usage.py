@@ -115,6 +115,10 @@ def _which(table: sa.Table, which: abc.UsageFilter) -> list[sa.ColumnElement[boo
         for name in ("user_id", "session_id", "turn_id", "model")
         if (value := getattr(which, name)) is not None
     ]
+    if which.tree_of is not None:
+        a = tables.ancestry.c
+        below = sa.select(a.session_id).where(a.ancestor_id == which.tree_of)
+        asked.append((c.session_id == which.tree_of) | c.session_id.in_(below))
     if which.since is not None:
         asked.append(c.at >= which.since)
     if which.until is not None:

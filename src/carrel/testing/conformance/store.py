@@ -22,12 +22,15 @@ from carrel.errors import (
 from carrel.model import (
     ApiKey,
     Artifact,
+    Birth,
     Budget,
+    ChildFiles,
     Failure,
     Interaction,
     InteractionKind,
     InteractionStatus,
     NamedWorkspace,
+    OnParentEnd,
     Principal,
     Restoring,
     RewoundPart,
@@ -573,6 +576,89 @@ async def usage_is_summed(open_store: OpenStore) -> None:
         must_equal(await store.read(lambda tx: tx.usage.of_turn("unknown")), (twice, None, 2), "unknown cost")
         usage, _, requests = await store.read(lambda tx: tx.usage.of_turn("none"))
         must_equal((usage, requests), (Usage(), 0), "nothing spent")
+
+
+@_check
+async def a_tree_is_known_by_its_sessions(open_store: OpenStore) -> None:
+    """Children, all below, all above; what is stopped is not counted, and what deleted ones have spent still is."""
+    async with open_store(ignore) as store:
+        root = await add_session(store)
+
+        async def add_below(parent: Session, **changes: Any) -> Session:
+            child = new_session(
+                await store.write(lambda tx: tx.sessions.next_number()),
+                parent_id=parent.id,
+                root_id=parent.root_id or parent.id,
+                depth=parent.depth + 1,
+                lineage=(*parent.lineage, parent.id),
+                birth=Birth(
+                    files=ChildFiles.CLONE, on_parent_end=OnParentEnd.KEEP, context={"a": [1]}, turn_id=new_id()
+                ),
+                **changes,
+            )
+
+            def work(tx: abc.Transaction) -> None:
+                tx.sessions.add(child)
+                tx.trees.add(child)
+
+            await store.write(work)
+            return child
+
+        one, stopped = await add_below(root), await add_below(root, status=SessionStatus.STOPPED)
+        deep = await add_below(one)
+        await add_session(store)
+        must_equal(await store.read(lambda tx: tx.sessions.get(deep.id)), deep, "a child is read back")
+
+        def look(tx: abc.Transaction) -> tuple[Any, ...]:
+            return (
+                [each.id for each in tx.trees.children(root.id)],
+                [each.id for each in tx.trees.below(root.id)],
+                [each.id for each in tx.trees.above(deep)],
+                tx.trees.live_children(root.id),
+                tx.trees.live_below(root.id),
+                set(tx.trees.left(root.id)),
+            )
+
+        found = await store.read(look)
+        must_equal(found[0], [one.id, stopped.id], "children, oldest first")
+        must_equal(found[1], [one.id, stopped.id, deep.id], "all below")
+        must_equal(found[2], [one.id, root.id], "all above, the nearest first")
+        must_equal(found[3:5], (1, 2), "what is stopped does not count")
+
+        def spend(tx: abc.Transaction, session: Session) -> None:
+            tx.usage.add(
+                abc.UsageRecord(
+                    id=new_id(),
+                    session_id=session.id,
+                    user_id="alice",
+                    turn_id=None,
+                    model="m",
+                    usage=Usage(input_tokens=1),
+                    cost_usd=0.5,
+                    at=NOW,
+                )
+            )
+
+        for each in (root, one, deep):
+            await store.write(lambda tx, s=each: spend(tx, s))  # type: ignore[misc]
+
+        def spent(session: Session) -> int:
+            return int(total.usage.input_tokens) if (total := totals[session.id]) else 0
+
+        async def add_up() -> dict[str, abc.UsageSum]:
+            which = [abc.UsageFilter(tree_of=each.id) for each in (root, one, deep)]
+            sums = await store.read(lambda tx: [tx.usage.sums(each)[0] for each in which])
+            return dict(zip((root.id, one.id, deep.id), sums, strict=True))
+
+        totals = await add_up()
+        must_equal([spent(each) for each in (root, one, deep)], [3, 2, 1], "each with what is below it")
+        await store.write(lambda tx: tx.sessions.mark_deleting(deep.id))
+        must_equal((await store.read(look))[1:3], ([one.id, stopped.id], [one.id, root.id]), "deleted is not below")
+        must_equal(await store.read(lambda tx: list(tx.trees.left(one.id))), [deep.id], "but something of it is left")
+        await store.write(lambda tx: tx.sessions.remove(deep.id))
+        must_equal(await store.read(lambda tx: list(tx.trees.left(one.id))), [], "until it is removed")
+        totals = await add_up()
+        must_equal([spent(each) for each in (root, one)], [3, 2], "what it has spent is spent")
 
 
 @_check
