@@ -352,6 +352,7 @@ class SessionService:
                 transitions.complete_turn(tx, session, live, TurnStatus.INTERRUPTED, stop_reason=StopReason.INTERRUPTED)
             for turn in tx.turns.queued(session_id):
                 transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
+            transitions.withdraw_all(tx, session_id)
             sandbox = tx.sandboxes.current(session_id)
             if sandbox is not None:
                 tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)
