@@ -618,6 +618,8 @@ class InteractionFilter:
     session_id: str | None = None
     turn_id: str | None = None
     status: InteractionStatus | None = None
+    tree: str | None = None
+    """Those of the tree of sessions that begins with this one."""
 
 
 class InteractionRows(ABC):
@@ -636,12 +638,20 @@ class InteractionRows(ABC):
         """Change the columns of one that is pending, its status among them; None where it is not pending any more."""
 
     @abstractmethod
+    def update(self, interaction_id: str, **changes: Any) -> Interaction | None:
+        """Change columns, whatever its status; None where there is none."""
+
+    @abstractmethod
     def page(self, which: InteractionFilter, *, cursor: str | None, limit: int) -> Page[Interaction]:
         """Oldest first. Raises InvalidCursor."""
 
     @abstractmethod
     def pending(self, session_id: str) -> Sequence[Interaction]:
         """All of a session's that wait, oldest first."""
+
+    @abstractmethod
+    def untaken(self, session_id: str) -> Sequence[Interaction]:
+        """All of a session's that wait, or whose answer no agent has acted on, oldest first; none that is withdrawn."""
 
 
 class SandboxRows(ABC):

@@ -37,6 +37,7 @@
     │   ├── SessionFailed               409
     │   ├── NothingToInterrupt          409
     │   ├── InteractionResolved         409
+    │   ├── InteractionChanged          409
     │   ├── TurnNotCancellable          409
     │   ├── TurnNotFinished             409
     │   ├── IdempotencyInFlight         409
@@ -59,6 +60,7 @@
     │   ├── EnvironmentFixed            409
     │   ├── SecretInUse                 409
     │   └── SecretsLocked               409
+    ├── InteractionExpired              410
     ├── FileTooLarge                    413
     ├── ArchiveTooLarge                 413
     ├── SnapshotTooLarge                413
@@ -340,6 +342,16 @@ class NothingToInterrupt(Conflict):
 
 class InteractionResolved(Conflict):
     """Somebody has answered this already, or the turn that waited for it has ended."""
+
+
+class InteractionChanged(Conflict):
+    """This is not the call that waits: its input_digest is another. Read the interaction again, then answer it."""
+
+
+class InteractionExpired(CarrelError):
+    """Nobody has answered this in time, so the call was denied."""
+
+    http_status = 410
 
 
 class TurnNotCancellable(Conflict):

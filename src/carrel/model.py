@@ -162,7 +162,12 @@ SESSION_TRANSITIONS: Final[dict[str, tuple[SessionStatus, SessionStatus, str]]] 
     "Q": (SessionStatus.STOPPED, SessionStatus.IDLE, "resume"),
     "R": (SessionStatus.FAILED, SessionStatus.IDLE, "resume"),
     "S": (SessionStatus.WAITING, SessionStatus.READY, "the turn ends while it waits"),
-    "T": (SessionStatus.WAITING, SessionStatus.IDLE, "the sandbox was lost while the turn waited"),
+    "T": (
+        SessionStatus.WAITING,
+        SessionStatus.IDLE,
+        "the sandbox was lost while the turn waited, or the turn ended while it had none",
+    ),
+    "U": (SessionStatus.WAITING, SessionStatus.STARTING, "the person has answered, and the process had ended"),
 }
 """Every change a session's status may make, by the letter ARCHITECTURE.md uses for it."""
 
@@ -646,14 +651,25 @@ class Interaction(Frozen):
 
     id: str
     session_id: str
+    root_session_id: str = Field(
+        default="",
+        description="The first of its tree of sessions, where it is shown too: its own, if it has no parent.",
+    )
     owner: str = Field(exclude=True)
     turn_id: str | None = Field(description="The turn that waits.")
     kind: InteractionKind
+    title: str | None = Field(default=None, description="What is asked, in one line for people.")
     tool: str = Field(description="The tool whose call waits.")
     tool_use_id: str | None = None
     input: dict[str, Any] = Field(description="What the tool would be called with.")
     input_digest: str = Field(description="SHA-256 of tool and input; an answer holds for these alone.")
     reason: str | None = Field(default=None, description="Why it is asked: the rule, or what the mode says.")
+    suggestions: tuple[str, ...] = Field(
+        default=(), description="Rules that would let such calls happen; `remember` writes the first of them."
+    )
+    options: tuple[dict[str, Any], ...] = Field(
+        default=(), description="Answers to choose from: a `label` for people, and the `answer` to send for it."
+    )
     status: InteractionStatus = InteractionStatus.PENDING
     answer: dict[str, Any] | None = None
     answered_by: str | None = None
@@ -661,7 +677,24 @@ class Interaction(Frozen):
     expires_at: datetime | None = Field(
         default=None, description="After it the call is denied; null: it waits for ever."
     )
+    remind_at: datetime | None = Field(default=None, description="When people are told of it again; null: never.")
+    remind_seconds: float | None = Field(default=None, exclude=True)
     resolved_at: datetime | None = None
+    lone: bool = Field(
+        default=False, exclude=True, description="The one call of its message, by the main agent: it needs no process."
+    )
+    parked: bool = Field(
+        default=False, exclude=True, description="Its call was denied meanwhile: the answer is for the next such call."
+    )
+    taken_at: datetime | None = Field(
+        default=None, exclude=True, description="When its agent was to act on the answer. It does so once."
+    )
+
+    @model_validator(mode="after")
+    def _root_of_one_without_parent(self) -> Interaction:
+        if not self.root_session_id:
+            object.__setattr__(self, "root_session_id", self.session_id)
+        return self
 
 
 class Sandbox(Frozen):

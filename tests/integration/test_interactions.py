@@ -148,7 +148,8 @@ async def test_nobody_answers_in_time(api):
     assert "Nobody has answered in time" in json.dumps(result["tool_calls"][0]["result"])
     (asked,) = (await api.ask("GET", f"/sessions/{session}/interactions"))["data"]
     assert asked["status"] == "expired"
-    await reply(api, asked, 409, decision="allow")
+    late = await reply(api, asked, 410, decision="allow")
+    assert late["code"] == "interaction_expired"
 
 
 async def test_a_time_limit_of_the_turn_counts_while_it_waits(api):

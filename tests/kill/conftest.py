@@ -73,6 +73,10 @@ class Victim:
         self.process = None
         return status
 
+    def processes(self) -> list[int]:
+        """Every process of its sandboxes."""
+        return marked(self.data)
+
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 

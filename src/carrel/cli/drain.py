@@ -80,9 +80,13 @@ def _put_to_sleep(tx: abc.Transaction) -> list[str]:
         session = tx.sessions.get(sandbox.session_id)
         if session is not None:
             live = tx.turns.live(session.id)
-            if live is not None:
+            waits = (
+                live is not None and live.status is TurnStatus.WAITING and transitions.open_call(tx, live) is not None
+            )
+            if live is not None and not waits:
                 transitions.complete_turn(tx, session, live, TurnStatus.INTERRUPTED, stop_reason=StopReason.INTERRUPTED)
-            transitions.settle(tx, session)
+            if not waits:
+                transitions.settle(tx, session)
         tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)
         found.append(sandbox.session_id)
     return found

@@ -272,6 +272,8 @@ async def _build(
             mcp_servers=settings.mcp_servers,
             defaults=defaults,
             exposed=secrets.exposed,
+            defer_after_seconds=settings.defer_after_seconds,
+            live_hold_seconds=settings.live_hold_seconds,
             allowances=allowances,
             network=settings.network,
         ),

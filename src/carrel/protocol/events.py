@@ -280,7 +280,16 @@ class InteractionRequested(EventData):
     tool: str | None = None
     input: dict[str, Any] = {}
     title: str | None = None
+    reason: str | None = Field(default=None, description="Why it is asked.")
     expires_at: datetime | None = None
+
+
+@_event("interaction.reminded")
+class InteractionReminded(EventData):
+    """Something still waits for a person."""
+
+    interaction_id: str
+    remind_at: datetime = Field(description="When people are told again.")
 
 
 @_event("interaction.resolved")

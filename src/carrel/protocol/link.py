@@ -8,11 +8,13 @@ it. Commands of the gateway carry an id, and a repeat of one is dropped by the r
 from __future__ import annotations
 
 from datetime import datetime
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
+from pydantic_core import to_json
 
-from carrel.model import Failure, Frozen, InteractionKind, StopReason, TurnStatus
+from carrel.model import Failure, Frozen, InteractionKind, PermissionMode, StopReason, TurnStatus
 from carrel.protocol.events import NewEvent
 from carrel.protocol.spec import SessionSpec
 
@@ -107,6 +109,34 @@ class Ask(Frozen):
     tool_use_id: str | None = None
     input: dict[str, Any]
     reason: str | None = None
+    lone: bool = Field(default=False, description="The one call of its message, by the main agent.")
+    expires_seconds: float | None = None
+    remind_seconds: float | None = None
+
+
+class Parked(Frozen):
+    """A call that could not be held any longer was denied; the answer is kept for the next such call."""
+
+    kind: Literal["parked"] = "parked"
+    n: int
+    interaction_id: str
+
+
+class Deferred(Frozen):
+    """The agent has put its call off and has nothing more to do until it is answered: its process may end."""
+
+    kind: Literal["deferred"] = "deferred"
+    n: int
+    turn_id: str
+    interaction_id: str | None = None
+
+
+class Taken(Frozen):
+    """The agent is about to act on an answer, and does so as soon as this is stored: it is never acted on again."""
+
+    kind: Literal["taken"] = "taken"
+    n: int
+    interaction_id: str
 
 
 class TurnBegun(Frozen):
@@ -180,6 +210,9 @@ NumberedFrame = (
     | AgentFailed
     | AgentSession
     | Ask
+    | Parked
+    | Deferred
+    | Taken
     | TurnBegun
     | TurnEnded
     | Activity
@@ -189,6 +222,27 @@ RunnerFrame = NumberedFrame | Hello | DeltaFrame | OpenBlocks | WantTranscript
 RUNNER_FRAME: TypeAdapter[RunnerFrame] = TypeAdapter(Annotated[RunnerFrame, Field(discriminator="kind")])
 
 # ------------------------------------------------------------------------------------------------- gateway to runner
+
+
+class Answer(Frozen):
+    """What became of an interaction: what the call that waits for it is to do."""
+
+    kind: Literal["answer"] = "answer"
+    id: str
+    interaction_id: str
+    allow: bool
+    input: dict[str, Any] | None = Field(default=None, description="In place of what the tool would be called with.")
+    permission_mode: PermissionMode | None = Field(default=None, description="Of a plan: the mode from here on.")
+    message: str = ""
+
+
+class Asked(Frozen):
+    """What an earlier agent of the session has asked, for a call that has not happened yet."""
+
+    interaction_id: str
+    tool_use_id: str | None = None
+    input_digest: str
+    answer: Answer | None = Field(default=None, description="None: it is still pending.")
 
 
 class Bind(Frozen):
@@ -203,6 +257,11 @@ class Bind(Frozen):
     agent_session_id: str | None = Field(default=None, description="The conversation to take up.")
     reconcile: bool = Field(default=False, description="Send the transcript on disk: the last sandbox was lost.")
     resume_turn: str | None = Field(default=None, description="The interrupted turn that the agent is to go on with.")
+    asked: list[Asked] = []
+    defer_after_seconds: float | None = Field(
+        default=None, description="How long a process is held for a lone call that waits; None: as for any other."
+    )
+    live_hold_seconds: float = Field(default=3600.0, description="How long it is held for any call that waits.")
     trace: dict[str, str] = Field(
         default={}, description="`traceparent` and `tracestate` that the agent is started with."
     )
@@ -226,17 +285,6 @@ class Interrupt(Frozen):
     id: str
     turn_id: str
     reason: StopReason
-
-
-class Answer(Frozen):
-    """What became of an interaction: what the call that waits for it is to do."""
-
-    kind: Literal["answer"] = "answer"
-    id: str
-    interaction_id: str
-    allow: bool
-    input: dict[str, Any] | None = Field(default=None, description="In place of what the tool would be called with.")
-    message: str = ""
 
 
 class SetModel(Frozen):
@@ -289,3 +337,14 @@ class Refused(Frozen):
 Command = Bind | StartTurn | Interrupt | Answer | SetModel | SetPermissionMode | Shutdown
 GatewayFrame = Command | Transcript | Ack | Refused
 GATEWAY_FRAME: TypeAdapter[GatewayFrame] = TypeAdapter(Annotated[GatewayFrame, Field(discriminator="kind")])
+
+
+def digest_of(tool: str, given: dict[str, Any]) -> str:
+    """The SHA-256 of a call, in hexadecimal digits: an answer holds for this call alone."""
+    return sha256(to_json([tool, _sorted(given)], inf_nan_mode="strings")).hexdigest()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [[key, _sorted(value[key])] for key in sorted(value)]
+    return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value

@@ -50,7 +50,8 @@ def _parsed(rule: str) -> str:
 
 _RULE = re.compile(r"(?P<tool>[A-Za-z_][\w-]*\*?)(?:\((?P<what>.+)\))?", re.DOTALL)
 
-Rule = Annotated[str, Field(min_length=1, max_length=2_000), AfterValidator(_parsed)]
+_LONGEST_RULE = 2_000
+Rule = Annotated[str, Field(min_length=1, max_length=_LONGEST_RULE), AfterValidator(_parsed)]
 
 
 class PermissionRules(BaseModel):
@@ -120,6 +121,35 @@ def _by_mode(mode: PermissionMode, call: _Call) -> Verdict | None:
     if mode is PermissionMode.DONT_ASK:
         return Verdict(Decision.DENY, "no rule allows it, and the mode dontAsk asks nobody")
     return Verdict(Decision.ASK, "no rule allows it")
+
+
+def rule_for(tool: str, given: Mapping[str, Any]) -> str | None:
+    """The narrowest rule that lets this call, and little else, happen again; None where there is none.
+
+    A command that a rule could not cover as it stands has none: something is hidden in it, or it is made of parts.
+    """
+    call = _Call(tool, given, Place())
+    rule: str | None = tool
+    if tool == "Bash":
+        rule = f"Bash({given.get('command', '')})"
+    elif tool in _EDITING or tool in _READING:
+        path = call.path()
+        if path is None:
+            rule = tool
+        else:
+            inside = path.removeprefix(call.place.workspace)
+            written = inside if inside != path and inside else f"/{path}"
+            rule = f"{'Edit' if tool in _EDITING else 'Read'}({written})"
+    elif tool == "WebFetch":
+        try:
+            host = urlsplit(str(given.get("url", ""))).hostname
+        except ValueError:
+            host = None
+        rule = f"WebFetch(domain:{host})" if host else None
+    if rule is None or len(rule) > _LONGEST_RULE or any(sign in rule.removeprefix(tool) for sign in "*?["):
+        return None  # what stands for itself there would stand for more in a rule
+    parsed = _RULE.fullmatch(rule)
+    return rule if parsed is not None and call.first_allowing((rule,)) is not None else None
 
 
 # ------------------------------------------------------------------------------------------------------------- calls

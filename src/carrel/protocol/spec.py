@@ -159,6 +159,15 @@ class SessionSpec(Options):
         ge=0,
         le=315_360_000,
     )
+    ask_remind_seconds: float | None = _applies(
+        "launch", "How often people are told again of what still waits for them. Default: never.", ge=1, le=315_360_000
+    )
+    defer_after_seconds: float | None = _applies(
+        "launch",
+        "How long its process is kept for a call that waits for a person; then it ends, and the answer wakes it.",
+        ge=0,
+        le=315_360_000,
+    )
     mcp_servers: dict[str, McpServer] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
     agents: dict[str, AgentDefinition] | None = _applies("launch", "Sub-agents by name.")
     skills: list[str] | Literal["all"] | None = _applies("launch", "The skills to enable, or `all`.")

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import warnings
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from carrel.protocol.link import (
     AgentReady,
     AgentSession,
     Answer,
-    Ask,
     Bind,
+    Deferred,
     EventFrame,
     Interrupt,
     NumberedFrame,
@@ -43,6 +43,7 @@ from carrel.protocol.link import (
     TurnEnded,
 )
 from carrel.protocol.permissions import Decision, PermissionRules, Place, Verdict, decide
+from carrel.runner.asking import Asking, Call, Way
 from carrel.runner.blocks import Blocks, whole, whole_text
 from carrel.runner.disk import Disk
 from carrel.runner.relay import Relay
@@ -62,8 +63,10 @@ _NOBODY_TO_ASK = (
 )
 
 _ASKED_ABOUT = {"AskUserQuestion": InteractionKind.QUESTION, "ExitPlanMode": InteractionKind.PLAN}
-_HOLD_SECONDS = 10 * 365 * 86_400.0
-"""How long Claude Code waits for our hook: until somebody answers, or the interaction expires."""
+_HOOK_SECONDS = 10 * 365 * 86_400.0
+"""How long Claude Code waits for our hook: for longer than we hold a call."""
+_WHOLE_MESSAGE_SECONDS = 2.0
+_PUT_OFF_SECONDS = 5.0
 
 Send = Callable[[Callable[[int], NumberedFrame]], None]
 
@@ -81,16 +84,61 @@ class _Running:
     told_of_full_disk: bool = False
 
 
+class _Said:
+    """The calls of the main agent's newest message, and whether it has been said to its end."""
+
+    def __init__(self) -> None:
+        self._message: str | None = None
+        self._calls: list[str] = []
+        self._changed = asyncio.Event()
+        self._over = True
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """A piece of a message: its beginning and its end are of interest."""
+        if event.get("type") == "message_start":
+            self._over = False
+        elif event.get("type") == "message_stop":
+            self._over = True
+            self._changed.set()
+
+    def call(self, message_id: str | None, tool_use_id: str) -> None:
+        """A call that is part of a message."""
+        if message_id != self._message:
+            self._message, self._calls = message_id, []
+        self._calls.append(tool_use_id)
+        self._changed.set()
+
+    async def alone(self, tool_use_id: str | None) -> bool:
+        """Whether this is the one call of its message. Waits for the end of the message, which may come later."""
+        deadline = asyncio.get_running_loop().time() + _WHOLE_MESSAGE_SECONDS
+        while not (self._over and tool_use_id in self._calls):
+            self._changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                break
+        return self._calls == [tool_use_id]
+
+
 class Agent:
     """One Claude Code conversation."""
 
-    def __init__(self, bootstrap: Bootstrap, *, send: Send, send_delta: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        *,
+        send: Send,
+        send_delta: Callable[[bytes], None],
+        stored: Callable[[], Awaitable[None]],
+    ) -> None:
         """Make the agent; nothing is started before `connect`.
 
         Args:
             bootstrap: how it is started.
             send: queues a numbered frame for the gateway.
             send_delta: sends a delta's frame, or drops it.
+            stored: waits until the gateway has stored what was queued so far.
         """
         self._bootstrap = bootstrap
         self._send = send
@@ -107,8 +155,10 @@ class Agent:
         self._stderr: deque[str] = deque(maxlen=50)
         self._closing = False
         self._interrupting: asyncio.Task[None] | None = None
-        self._asked: dict[str, asyncio.Future[Answer]] = {}
-        self._hold_seconds: float | None = None
+        self._asking = Asking(send=send, stored=stored, at_work=lambda: bool(self._tasks))
+        self._connected = asyncio.Event()
+        self._gave_way = asyncio.Event()
+        self._said = _Said()
         self._mode = PermissionMode.DEFAULT
         self._rules = PermissionRules()
         self._place = Place(workspace=bootstrap.cwd, home=str(Path(bootstrap.config_dir).parent), cwd=bootstrap.cwd)
@@ -153,13 +203,17 @@ class Agent:
         """
         self._agent_session_id = bind.agent_session_id
         self._mode, self._rules = PermissionMode(bind.permission_mode), bind.spec.permission_rules()
-        self._hold_seconds = bind.spec.ask_expires_seconds
         if self._has_tools(bind):
             # They do nothing that the session may not do anyhow; rules that forbid or ask come first.
             allowed = (*self._rules.allow, f"mcp__{TOOLS}")
             self._rules = PermissionRules.model_construct(allow=allowed, ask=self._rules.ask, deny=self._rules.deny)
-        go_on = bool(bind.resume_turn and bind.agent_session_id) and self._transcripts.holds(
-            bind.agent_session_id or "", bind.resume_turn or ""
+        self._asking.bind(bind)
+        taken_up = self._takes_up(bind)
+        go_on = taken_up or (
+            bool(bind.resume_turn and bind.agent_session_id)
+            and self._transcripts.holds(bind.agent_session_id or "", bind.resume_turn or "")
+            # It would do nothing, and nobody would be told.
+            and not (bind.asked and self._transcripts.over(bind.agent_session_id or ""))
         )
         if go_on and bind.resume_turn:
             self._running = _Running(bind.resume_turn, from_prompt=True, resumed=True)
@@ -169,7 +223,7 @@ class Agent:
             warnings.simplefilter("ignore", sdk.CanUseToolShadowedWarning)
             try:
                 opening = self._relay.open() if self._relay is not None else None
-                self._client = sdk.ClaudeSDKClient(self._options(bind, go_on=go_on))
+                self._client = sdk.ClaudeSDKClient(self._options(bind, again=go_on and not taken_up))
                 await self._client.connect()
                 if opening is not None:
                     await opening
@@ -177,6 +231,7 @@ class Agent:
                 detail = "\n".join([repr(error), *self._stderr])
                 raise AgentStartFailed(operator_detail=detail) from error
         self._send(lambda n: AgentReady(n=n, resumed_turn=bind.resume_turn if go_on else None))
+        self._connected.set()
 
     def _has_tools(self, bind: Bind) -> bool:
         return bind.tools and self._bootstrap.gateway_socket is not None
@@ -193,7 +248,22 @@ class Agent:
         tools = SessionTools(boot.gateway_socket, boot.agent_token, patience_seconds=boot.reconnect_window_seconds)
         return {TOOLS: {"type": "sdk", "name": TOOLS, "instance": tools.server()}}
 
-    def _options(self, bind: Bind, *, go_on: bool) -> sdk.ClaudeAgentOptions:
+    def _takes_up(self, bind: Bind) -> bool:
+        """Whether the agent will go on with a call that has been answered since; if not, it is to take none up."""
+        if bind.agent_session_id is None:
+            return False
+        call = self._transcripts.held_call(bind.agent_session_id)
+        if bind.resume_turn is None or call is None or not self._asking.resumes(call):
+            self._transcripts.take_back(bind.agent_session_id)
+            return False
+        line = self._transcripts.put_off(bind.agent_session_id, call)
+        if line is not None:
+            self._send(
+                lambda n: TranscriptFrame(n=n, agent_session_id=str(bind.agent_session_id), subpath="", lines=[line])
+            )
+        return True
+
+    def _options(self, bind: Bind, *, again: bool) -> sdk.ClaudeAgentOptions:
         spec, boot = bind.spec, self._bootstrap
         env = dict(boot.agent_env)
         env |= {
@@ -213,7 +283,7 @@ class Agent:
                 file.write(b"".join(part.encode() + b"\0" for part in late))
         # The SDK itself would pass on a span of this process, and there is none: the spans are the gateway's.
         env |= {name.upper(): value for name, value in bind.trace.items()}
-        if go_on:
+        if again:
             env["CLAUDE_CODE_RESUME_INTERRUPTED_TURN"] = "1"
         system_prompt: Any = {"type": "preset", "preset": "claude_code"}
         if spec.system_prompt is not None:
@@ -249,14 +319,21 @@ class Agent:
             max_buffer_size=boot.max_frame_bytes,
             can_use_tool=_deny,
             hooks={
-                "PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool], timeout=_HOLD_SECONDS, on_failure="block")]
+                "PreToolUse": [sdk.HookMatcher(hooks=[self._before_tool], timeout=_HOOK_SECONDS, on_failure="block")]
             },
+            # Without this it may take a call up again before it has heard of our hook, and decide by itself.
+            extra_args={"await-initialize": None},
             stderr=self._take_stderr,
             **{name: value for name, value in options.items() if value is not None},
         )
 
     async def close(self) -> None:
         """End the agent. What it still had to say has been sent when this returns."""
+        if self._asking.put_off():
+            # Else it would write down that the call was refused.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PUT_OFF_SECONDS):
+                    await self._gave_way.wait()
         self._closing = True
         if self._interrupting is not None:
             self._interrupting.cancel()
@@ -299,11 +376,7 @@ class Agent:
     def _interrupt(self, reason: StopReason) -> None:
         assert self._running is not None
         self._running.interrupted = reason
-        for asked, waiting in self._asked.items():
-            if not waiting.done():
-                waiting.set_result(
-                    Answer(id=asked, interaction_id=asked, allow=False, message="The turn is being ended.")
-                )
+        self._asking.withdraw("The turn is being ended.")
         self._interrupting = asyncio.create_task(self._make_it_stop(self._running), name="agent-interrupt")
 
     async def _make_it_stop(self, running: _Running) -> None:
@@ -322,13 +395,17 @@ class Agent:
 
         Once a turn is to end, none begins: an interrupt takes its time.
         """
+        await self._connected.wait()
         if self._running is not None and self._running.interrupted is not None:
             return _decided("deny", "The turn is being ended.")
+        call = self._call(given, tool_use_id)
+        if self._asking.answered(call):
+            return await self._ask(given, call, "")
         verdict = self._verdict(given, given["tool_input"])
         if verdict is None or (verdict.decision is Decision.ALLOW and self._mode is PermissionMode.BYPASS):
             return {}
         if verdict.decision is Decision.ASK:
-            return await self._ask(given, tool_use_id, _why(verdict))
+            return await self._ask(given, call, _why(verdict))
         return _decided(verdict.decision.value, _why(verdict))
 
     def _verdict(self, given: Any, tool_input: dict[str, Any]) -> Verdict | None:
@@ -341,49 +418,41 @@ class Agent:
             place=dataclasses.replace(self._place, cwd=given.get("cwd") or self._place.cwd),
         )
 
-    async def _ask(self, given: Any, tool_use_id: str | None, why: str) -> sdk.HookJSONOutput:
-        """Have a person decide, for however long that takes."""
-        if self._hold_seconds == 0:
-            return _decided("deny", f"{_NOBODY_TO_ASK} ({why})")
-        asked, tool, turn = new_id(), given["tool_name"], self.running_turn
-        about = _ASKED_ABOUT.get(tool, InteractionKind.PERMISSION)
-        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._asked[asked] = answered
-        self._send(
-            lambda n: Ask(
-                n=n,
-                interaction_id=asked,
-                turn_id=turn,
-                at=utc_now(),
-                about=about,
-                tool=tool,
-                tool_use_id=tool_use_id,
-                input=whole(given["tool_input"]),
-                reason=why,
-            )
+    def _call(self, given: Any, tool_use_id: str | None) -> Call:
+        return Call(
+            tool=given["tool_name"],
+            tool_use_id=tool_use_id,
+            input=whole(given["tool_input"]),
+            about=_ASKED_ABOUT.get(given["tool_name"], InteractionKind.PERMISSION),
+            turn_id=self.running_turn,
         )
-        try:
-            answer = await answered
-        finally:
-            self._asked.pop(asked, None)
-        if not answer.allow:
-            return _decided("deny", answer.message)
-        changed = self._verdict(given, answer.input) if answer.input is not None else None
+
+    async def _ask(self, given: Any, call: Call, why: str) -> sdk.HookJSONOutput:
+        """Have a person decide, for however long that takes."""
+        if self._asking.nobody:
+            return _decided("deny", f"{_NOBODY_TO_ASK} ({why})")
+        lone = given.get("agent_id") is None and await self._said.alone(call.tool_use_id)
+        ruling = await self._asking.ask(call, why, lone=lone)
+        if ruling.way is not Way.ALLOW:
+            return _decided(ruling.way.value, ruling.message)
+        if self._running is not None and self._running.interrupted is not None:
+            return _decided("deny", "The turn is being ended.")
+        changed = self._verdict(given, ruling.input) if ruling.input is not None else None
         if changed is not None and changed.rule is not None and changed.decision is Decision.DENY:
             # Whoever may answer may not for that do what the rules forbid.
             return _decided("deny", _why(changed))
-        return _decided("allow", "A person has allowed this call.", updated_input=answer.input)
+        if ruling.permission_mode is not None:
+            self._mode = ruling.permission_mode
+        return _decided("allow", "A person has allowed this call.", updated_input=ruling.input)
 
     @property
     def asked(self) -> list[str]:
         """The ids of what it waits for people to answer."""
-        return list(self._asked)
+        return self._asking.waiting
 
     def answer(self, command: Answer) -> None:
         """Let the call that waits for this go on."""
-        waiting = self._asked.get(command.interaction_id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(command)
+        self._asking.take(command)
 
     async def set_model(self, model: str | None) -> None:
         """Use another model from here on."""
@@ -439,6 +508,8 @@ class Agent:
             self._send(lambda n: TurnBegun(n=n, turn_id=turn_id, at=utc_now()))
 
     def _take_piece(self, message: sdk.StreamEvent) -> None:
+        if message.parent_tool_use_id is None:
+            self._said.hear(message.event)
         frame = self._blocks.piece(message.event, message.parent_tool_use_id, self.running_turn)
         if frame is not None:
             self._send_delta(to_json(frame))
@@ -473,6 +544,8 @@ class Agent:
                     self._event(events.Thinking(text=whole_text(block.thinking), **where))
                 case sdk.ToolUseBlock() | sdk.ServerToolUseBlock():
                     self._tools[block.id] = block.name
+                    if parent is None:
+                        self._said.call(message.message_id, block.id)
                     self._event(events.ToolCalled(id=block.id, tool=block.name, input=whole(block.input), **where))
                 case sdk.ServerToolResultBlock():
                     self._finished(block.tool_use_id, block.content, is_error=False, parent=parent)
@@ -561,6 +634,11 @@ class Agent:
         if self._interrupting is not None:
             self._interrupting.cancel()
             self._interrupting = None
+        put_off = message.stop_reason == "tool_deferred"
+        if put_off and running.interrupted is None:
+            # The turn stays at work, for an agent that comes later; this one has nothing more to do.
+            self._put_off(running.turn_id)
+            return
         status, reason, failure = _ending(message, running)
         if status is TurnStatus.FAILED and failure is not None and self._disk.blamed(failure.message):
             running.told_of_full_disk = True
@@ -574,8 +652,15 @@ class Agent:
             )
         running.num_turns = max(running.num_turns, message.num_turns) if running.resumed else running.num_turns
         self._end(running, status, reason, failure, whole(message.structured_output))
-        if self._waiting:
+        if put_off:
+            self._put_off(running.turn_id)
+        elif self._waiting:
             await self._give(self._waiting.popleft())
+
+    def _put_off(self, turn_id: str) -> None:
+        asked = self._asking.deferred
+        self._gave_way.set()
+        self._send(lambda n: Deferred(n=n, turn_id=turn_id, interaction_id=asked))
 
     def _end(
         self,

@@ -68,6 +68,7 @@ class Link:
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
+        self._awaited: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
     def next_number(self) -> int:
@@ -104,6 +105,21 @@ class Link:
         self._queue.append(data)
         self._queued_bytes += len(data)
         self._wake.set()
+
+    async def stored(self) -> None:
+        """Wait until the gateway has stored everything that was sent so far, for however long that takes."""
+        last = self._outbox.next_number - 1
+        if last <= self._outbox.last_acked:
+            return
+        acked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaited.append((last, acked))
+        await acked
+
+    def _tell_stored(self) -> None:
+        while self._awaited and self._awaited[0][0] <= self._outbox.last_acked:
+            acked = self._awaited.popleft()[1]
+            if not acked.done():
+                acked.set_result(None)
 
     async def drain(self, timeout_seconds: float, running: asyncio.Task[None]) -> None:
         """Wait until everything sent is stored, the time is over, or `running` (this link's `run`) has ended."""
@@ -187,6 +203,7 @@ class Link:
                 frame = GATEWAY_FRAME.validate_json(line)
                 if isinstance(frame, Ack):
                     self._outbox.ack(frame.n)
+                    self._tell_stored()
                     if not len(self._outbox):
                         self._drained.set()
                     continue

@@ -45,7 +45,7 @@ class Runner:
 
     def __init__(self, bootstrap: Bootstrap) -> None:
         self._bootstrap = bootstrap
-        self._agent = Agent(bootstrap, send=self._send, send_delta=self._send_delta)
+        self._agent = Agent(bootstrap, send=self._send, send_delta=self._send_delta, stored=lambda: self._link.stored())
         self._link = Link(bootstrap, hello=self._hello, open_blocks=self._open_blocks, receive=self._receive)
         self._bind: Bind | None = None
         self._model: str | None = None

@@ -11,9 +11,12 @@ import json
 import os
 import re
 import stat
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 _SUBPATH = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -22,6 +25,8 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DEEPEST = 16
+_PUT_OFF = "hook_deferred_tool"
+_TAKEN_BACK = "hook_cancelled"
 
 
 def project_key(cwd: str) -> str:
@@ -69,10 +74,81 @@ class Transcripts:
             if data is not None:
                 yield "/".join(parts).removesuffix(".jsonl"), _whole_lines(data)
 
-    def holds(self, agent_session_id: str, uuid: str) -> bool:
+    def holds(self, agent_session_id: str, message: str) -> bool:
         """Whether a message with this uuid stands in the main transcript."""
+        return any(entry.get("uuid") == message for entry in self._entries(agent_session_id))
+
+    def held_call(self, agent_session_id: str) -> str | None:
+        """The id of the call that the conversation stands at: the one of its last message, without a result."""
+        entries = self._entries(agent_session_id)
+        last = next((_message(each) for each in reversed(entries) if each.get("type") == "assistant"), {})
+        same = [
+            each for each in entries if each.get("type") == "assistant" and _message(each).get("id") == last.get("id")
+        ]
+        calls = [block for each in same for block in _blocks(each) if block.get("type") == "tool_use"]
+        if len(calls) != 1 or not isinstance(calls[0].get("id"), str):
+            return None
+        found = str(calls[0]["id"])
+        results = (block for each in entries if each.get("type") == "user" for block in _blocks(each))
+        return None if any(block.get("tool_use_id") == found for block in results) else found
+
+    def over(self, agent_session_id: str) -> bool:
+        """Whether the conversation stands at the end of a turn."""
+        entries = self._entries(agent_session_id)
+        last = next((_message(each) for each in reversed(entries) if each.get("type") in ("assistant", "user")), {})
+        return last.get("role") == "assistant" and last.get("stop_reason") == "end_turn"
+
+    def put_off(self, agent_session_id: str, tool_use_id: str) -> str | None:
+        """Have the next agent take the call up that the conversation stands at: Claude Code does so where it says so.
+
+        It says so itself when it has put a call off; one that was lost while it waited could not. Answers the line
+        that was added, if one was.
+        """
+        entries = self._entries(agent_session_id)
+        marks = [each for each in entries if _mark(each).get("toolUseID") == tool_use_id]
+        if any(_mark(each).get("type") == _PUT_OFF for each in marks):
+            return None
+        call, entry = next(
+            (block, each)
+            for each in reversed(entries)
+            for block in _blocks(each)
+            if block.get("type") == "tool_use" and block.get("id") == tool_use_id
+        )
+        behind = next(each for each in reversed(entries) if each.get("uuid") and not each.get("isSidechain"))
+        kept = ("isSidechain", "userType", "entrypoint", "cwd", "sessionId", "version", "gitBranch")
+        line = json.dumps(
+            {
+                "parentUuid": behind["uuid"],
+                **{name: entry[name] for name in kept if name in entry},
+                "type": "attachment",
+                "uuid": str(uuid.uuid4()),
+                "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "attachment": {
+                    "type": _PUT_OFF,
+                    "toolUseID": tool_use_id,
+                    "toolName": call.get("name"),
+                    "toolInput": call.get("input"),
+                    "hookName": "settings",
+                    "hookEvent": "PreToolUse",
+                    "permissionMode": "default",
+                },
+            },
+            separators=(",", ":"),
+        )
+        self.write(agent_session_id, "", [line], first=False)
+        return line
+
+    def take_back(self, agent_session_id: str) -> None:
+        """Have the next agent take no call up that was put off: nobody waits for it any more."""
         data = self._read([*self._folder, f"{agent_session_id}.jsonl"])
-        return data is not None and any(_entry(line).get("uuid") == uuid for line in data.split(b"\n"))
+        if data is None or _PUT_OFF.encode() not in data:
+            return
+        lines = [_taken_back(line) for line in _whole_lines(data)]
+        self.write(agent_session_id, "", lines, first=True)
+
+    def _entries(self, agent_session_id: str) -> list[dict[str, Any]]:
+        data = self._read([*self._folder, f"{agent_session_id}.jsonl"])
+        return [entry for line in (data or b"").split(b"\n") if (entry := _entry(line))]
 
     def _parts(self, agent_session_id: str, subpath: str) -> list[str]:
         if not subpath:
@@ -141,7 +217,31 @@ def _whole_lines(data: bytes) -> list[str]:
     return [line.decode("utf-8", "replace") for line in data.split(b"\n") if _entry(line)]
 
 
-def _entry(line: str | bytes) -> dict[str, object]:
+def _message(entry: dict[str, Any]) -> dict[str, Any]:
+    value = entry.get("message")
+    return value if isinstance(value, dict) else {}
+
+
+def _blocks(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    value = _message(entry).get("content")
+    return [block for block in value if isinstance(block, dict)] if isinstance(value, list) else []
+
+
+def _mark(entry: dict[str, Any]) -> dict[str, Any]:
+    value = entry.get("attachment") if entry.get("type") == "attachment" else None
+    return value if isinstance(value, dict) else {}
+
+
+def _taken_back(line: str) -> str:
+    entry = _entry(line)
+    mark = _mark(entry)
+    if mark.get("type") != _PUT_OFF:
+        return line
+    told = {"type": _TAKEN_BACK, **{name: mark.get(name) for name in ("hookName", "toolUseID", "hookEvent")}}
+    return json.dumps({**entry, "attachment": told}, separators=(",", ":"))
+
+
+def _entry(line: str | bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError:

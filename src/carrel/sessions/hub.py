@@ -19,17 +19,19 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from carrel import abc
-from carrel.errors import StoreUnavailable
+from carrel.errors import SandboxLost, StoreUnavailable
 from carrel.killpoints import reached
 from carrel.model import (
     Failure,
     Interaction,
     InteractionStatus,
+    OnSandboxLost,
     Sandbox,
     SandboxStatus,
     Session,
     SessionStatus,
     StopReason,
+    Turn,
     TurnStatus,
     utc_now,
 )
@@ -43,6 +45,7 @@ from carrel.protocol.link import (
     AgentReady,
     AgentSession,
     Ask,
+    Deferred,
     DeltaFrame,
     Ended,
     EventFrame,
@@ -50,8 +53,10 @@ from carrel.protocol.link import (
     Hello,
     NumberedFrame,
     OpenBlocks,
+    Parked,
     Refused,
     RunnerFrame,
+    Taken,
     Transcript,
     TranscriptFrame,
     TurnBegun,
@@ -316,6 +321,10 @@ class Hub:
         starts = not self.draining
         await self._write(link, lambda tx: _apply(tx, link.session_id, link.sandbox_id, frames, starts=starts))
         reached("frames.stored")
+        if any(isinstance(frame, Deferred) for frame in frames):
+            reached("interaction.deferred")
+        if any(isinstance(frame, Taken) for frame in frames):
+            reached("interaction.taken")
         await link.tell(Ack(n=max(frame.n for frame in frames)))
         reached("frames.acked")
         for frame in frames:
@@ -438,6 +447,12 @@ def _apply_one(tx: abc.Transaction, sandbox: Sandbox, frame: NumberedFrame, *, s
         case Ask():
             if sandbox.status is not SandboxStatus.ENDING:
                 transitions.ask(tx, session, interaction_of(session, frame))
+        case Parked():
+            transitions.park(tx, session, frame.interaction_id)
+        case Taken():
+            tx.interactions.update(frame.interaction_id, taken_at=utc_now())
+        case Deferred():
+            _deferred(tx, sandbox, session)
         case TurnBegun():
             if sandbox.status is not SandboxStatus.ENDING and tx.turns.get(frame.turn_id) is None:
                 transitions.begin_agent_turn(tx, session, frame.turn_id, frame.at, sandbox.id)
@@ -457,10 +472,29 @@ def _agent_ready(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame:
         return
     if turn is not None and turn.id == frame.resumed_turn:
         transitions.continue_turn(tx, session, turn, sandbox.id)
+    elif turn is not None and turn.sandbox_id != sandbox.id and not _may_begin_again(turn):
+        # It was to go on from a call that this agent knows nothing of.
+        lost = SandboxLost()
+        failure = Failure(code=lost.code, message=lost.message)
+        transitions.fail_turn(tx, session, turn, failure, StopReason.SANDBOX_LOST)
+        turn = None
     queued = tx.turns.queued(session.id) if turn is None and starts else ()
     if queued:
         # The sandbox was started for this turn and holds its place among those at work: it is not given up in between.
         transitions.start_turn(tx, session, queued[0], sandbox.id)
+
+
+def _may_begin_again(turn: Turn) -> bool:
+    """Whether the turn may be begun anew where its agent is lost."""
+    return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE
+
+
+def _deferred(tx: abc.Transaction, sandbox: Sandbox, session: Session) -> None:
+    """The agent has put its call off: its process ends, and the turn waits in its rows alone."""
+    if sandbox.status is SandboxStatus.LIVE:
+        tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)
+    if session.status is SessionStatus.READY:
+        transitions.settle(tx, session)  # the turn had been ended meanwhile
 
 
 def _turn_ended(tx: abc.Transaction, sandbox: Sandbox, session: Session, frame: TurnEnded) -> None:

@@ -9,9 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from carrel import abc
-from carrel.errors import Forbidden, InteractionNotFound, InteractionResolved, SessionNotFound, ValidationFailed
+from carrel.errors import (
+    Forbidden,
+    InteractionChanged,
+    InteractionExpired,
+    InteractionNotFound,
+    InteractionResolved,
+    SessionNotFound,
+    ValidationFailed,
+)
 from carrel.killpoints import reached
-from carrel.model import Interaction, InteractionKind, InteractionStatus, Principal, StopReason
+from carrel.model import Interaction, InteractionKind, InteractionStatus, Principal, StopReason, utc_now
 from carrel.sessions import transitions
 from carrel.sessions.hub import Hub
 
@@ -71,6 +79,7 @@ class Interactions:
         answers: dict[str, str] | None = None,
         message: str | None = None,
         stop: bool = False,
+        input_digest: str | None = None,
     ) -> Interaction:
         """Answer it. Of several answers, exactly the first counts.
 
@@ -82,10 +91,13 @@ class Interactions:
             answers: of a question: the answer to each, by the question's text.
             message: what the agent is told where the call may not happen.
             stop: with a denial: the turn is interrupted too.
+            input_digest: of the call that the answer is meant for, as it was shown.
 
         Raises:
             InteractionNotFound: there is none for the caller.
             InteractionResolved: it is not pending any more.
+            InteractionExpired: nobody has answered in time.
+            InteractionChanged: the answer is meant for another call.
             Forbidden: an agent would answer for itself.
             ValidationFailed: the answer does not fit what was asked.
         """
@@ -96,6 +108,11 @@ class Interactions:
 
         def work(tx: abc.Transaction) -> Interaction:
             asked = _interaction(tx, principal, interaction_id)
+            late = asked.expires_at is not None and asked.expires_at <= utc_now()
+            if asked.status is InteractionStatus.EXPIRED or (asked.status is InteractionStatus.PENDING and late):
+                raise InteractionExpired
+            if input_digest is not None and input_digest != asked.input_digest:
+                raise InteractionChanged
             given.update(_changed_input(asked, allow=allow, updated_input=updated_input, answers=answers))
             resolved = transitions.resolve(
                 tx, asked.id, InteractionStatus.ANSWERED, answer=given, answered_by=principal.name

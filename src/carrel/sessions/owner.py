@@ -74,6 +74,7 @@ _WORKSPACE_LOOK_SECONDS = 0.25
 _FETCH_AGAIN_SECONDS = 2.0
 _FILES_SECONDS = 1.0
 _BELOW_GONE_SECONDS = 0.1
+_SOON_SECONDS = 60.0
 _EXCESS: dict[abc.Excess, type[TurnFailure]] = {
     abc.Excess.MEMORY: SandboxOutOfMemory,
     abc.Excess.PROCESSES: SandboxOutOfProcesses,
@@ -123,6 +124,8 @@ class OwnerOptions:
     """The options of agents whose session and environment do not name them."""
     exposed: Callable[[EnvironmentSpec], Awaitable[Mapping[str, str]]] = _nothing_exposed
     """The secrets that agents of an environment are handed, by their variables. Raises SecretMissing."""
+    defer_after_seconds: float = 30.0
+    live_hold_seconds: float = 3600.0
     allowances: Allowances = UNLIMITED
     network: NetworkPolicy = GATEWAY_ONLY
     """Of sandboxes whose template names none."""
@@ -207,11 +210,17 @@ class Owner:
             return 0.0
         if await self._expire(session, view.queued) or await self._expire_asked(view.asked):
             return 0.0
+        if any(each.remind_at is not None and each.remind_at <= utc_now() for each in view.asked):
+            await self._store.write(lambda tx: steps.remind(tx, session_id))
+            return 0.0
         if session.expires_at is not None and session.expires_at <= utc_now() and _unused(view):
             for below in await self._store.write(lambda tx: steps.mark_deleted(tx, session_id)):
                 self._hub.poke(below.id)
             return 0.0
-        return _sooner(await self._advance(session, view), [*view.queued, *view.asked])
+        pause = await self._advance(session, view)
+        if pause is None and view.sandbox is None and view.live is not None:
+            return _within(_SOON_SECONDS, _sooner(pause, [*view.queued, *view.asked]))
+        return _sooner(pause, [*view.queued, *view.asked])
 
     async def _advance(self, session: Session, view: steps.View) -> float | None:
         if session.reserved is not None and steps.spoilt(session, view.sandbox):
@@ -226,7 +235,16 @@ class Owner:
     # -------------------------------------------------------------------------------------------------- no sandbox
 
     async def _without_sandbox(self, session: Session, view: steps.View) -> float | None:
-        if view.live is not None and not steps.goes_on(view.live):
+        live, call = view.live, view.open_call
+        if live is not None and call is not None:
+            left = None if live.deadline_at is None else (live.deadline_at - utc_now()).total_seconds()
+            if live.interrupt_reason is not None or (left is not None and left <= 0):
+                await self._store.write(lambda tx: steps.end_waiting(tx, session.id, live.id, StopReason.TIMEOUT))
+                return 0.0
+            if live.status is TurnStatus.WAITING:
+                # Whatever is due later is found by the reconciler: thousands that wait have no timers here.
+                return left if left is not None and left < _SOON_SECONDS else None
+        if live is not None and not steps.goes_on(live, call):
             await self._lose(session.id, None)
             return 0.0
         if view.live is None and not view.queued and session.reserved is None:
@@ -437,6 +455,11 @@ class Owner:
                 agent_session_id=session.agent_session_id,
                 reconcile=sandbox.generation > 1,
                 resume_turn=view.live.id if view.live is not None else None,
+                asked=await self._store.read(lambda tx: steps.bind_asked(tx, session.id)),
+                defer_after_seconds=(
+                    self._options.defer_after_seconds if spec.defer_after_seconds is None else spec.defer_after_seconds
+                ),
+                live_hold_seconds=self._options.live_hold_seconds,
                 trace=_trace(view.live or next(iter(view.queued), None)),
             )
         )
@@ -697,8 +720,9 @@ class Owner:
 
 def _gone(tx: abc.Transaction, sandbox: Sandbox) -> None:
     """Its files are still to be kept: who has worked there since the last turn ended may have changed them."""
-    tx.sandboxes.update(sandbox.id, status=SandboxStatus.GONE, ended_at=utc_now())
     session = tx.sessions.get(sandbox.session_id)
+    tx.sandboxes.update(sandbox.id, status=SandboxStatus.GONE, ended_at=utc_now())
+    transitions.withdraw_detached(tx, sandbox.session_id)
     if session is not None and session.snapshot_due is None and session.reserved is None:
         tx.sessions.update(session.id, snapshot_due=RELEASE)
 
@@ -740,5 +764,10 @@ def _unused(view: steps.View) -> bool:
 
 def _sooner(pause: float | None, waiting: Sequence[Turn | Interaction]) -> float | None:
     """The pause, or the time until the first of these expires where that is less."""
-    left = [(each.expires_at - utc_now()).total_seconds() for each in waiting if each.expires_at is not None]
+    due = [each.expires_at for each in waiting] + [each.remind_at for each in waiting if isinstance(each, Interaction)]
+    left = [(at - utc_now()).total_seconds() for at in due if at is not None]
     return min([max(0.0, seconds) for seconds in left] + ([] if pause is None else [pause]), default=None)
+
+
+def _within(seconds: float, pause: float | None) -> float | None:
+    return pause if pause is not None and pause < seconds else None

@@ -822,6 +822,7 @@ def _stop(tx: abc.Transaction, session: Session, *, cancel: bool = True) -> None
         transitions.complete_turn(tx, session, live, TurnStatus.INTERRUPTED, stop_reason=StopReason.INTERRUPTED)
     for turn in tx.turns.queued(session.id) if cancel else ():
         transitions.complete_turn(tx, session, turn, TurnStatus.CANCELLED, stop_reason=None)
+    transitions.withdraw_all(tx, session.id)
     sandbox = tx.sandboxes.current(session.id)
     if sandbox is not None:
         tx.sandboxes.update(sandbox.id, status=SandboxStatus.ENDING)

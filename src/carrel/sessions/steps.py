@@ -9,7 +9,14 @@ from enum import Enum, auto
 from typing import Any
 
 from carrel import abc
-from carrel.errors import DiskFull, SandboxLost, SandboxOutOfDisk, SandboxOutOfMemory, SandboxOutOfProcesses
+from carrel.errors import (
+    DiskFull,
+    SandboxLost,
+    SandboxOutOfDisk,
+    SandboxOutOfMemory,
+    SandboxOutOfProcesses,
+    TurnTimedOut,
+)
 from carrel.model import (
     Failure,
     Interaction,
@@ -30,13 +37,17 @@ from carrel.model import (
 )
 from carrel.protocol.environments import Environment
 from carrel.protocol.events import SessionDeleted, SessionRewound, WorkspaceRestored
+from carrel.protocol.link import Asked
 from carrel.sessions import transitions
 from carrel.sessions.admission import Admission
+from carrel.sessions.asking import asked_frame
 from carrel.sessions.environments import kept_environment
 from carrel.sessions.hub import token_hash
 
 _STRIKE_AGAIN = frozenset({SandboxOutOfMemory.code, SandboxOutOfProcesses.code, SandboxOutOfDisk.code, DiskFull.code})
 """Whoever took such a turn up again would do the same again."""
+_MOST_ATTEMPTS = 5
+"""How many agents may be lost in taking one call up before its turn fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +60,9 @@ class View:
     live: Turn | None
     queued: list[Turn]
     asked: list[Interaction]
-    """What the turn at work waits for."""
+    """What waits for people."""
+    open_call: Interaction | None
+    """The call that the turn at work was held up at, and that has not happened."""
     environment: Environment | None
     """The version that the session keeps."""
     stopped: bool
@@ -59,13 +72,16 @@ class View:
 def view(tx: abc.Transaction, session_id: str) -> View:
     """The session's rows, all as they are at one instant."""
     session = tx.sessions.get(session_id)
+    live = tx.turns.live(session_id)
+    untaken = [] if session is None else list(tx.interactions.untaken(session_id))
     return View(
         session=session,
         deleting=session is None and tx.sessions.deleting(session_id),
         sandbox=tx.sandboxes.current(session_id),
-        live=tx.turns.live(session_id),
+        live=live,
         queued=list(tx.turns.queued(session_id)),
-        asked=list(tx.interactions.pending(session_id)) if _waits(session) else [],
+        asked=[each for each in untaken if each.status is InteractionStatus.PENDING],
+        open_call=None if live is None else transitions.call_of(live, untaken),
         environment=None if session is None else kept_environment(tx, session),
         stopped=session is not None and session.environment in tx.environments.stopped(),
     )
@@ -85,13 +101,34 @@ def discard(tx: abc.Transaction, session_id: str) -> bool:
     return True
 
 
-def _waits(session: Session | None) -> bool:
-    return session is not None and session.status is SessionStatus.WAITING
+def goes_on(turn: Turn, open_call: Interaction | None) -> bool:
+    """Whether a new agent takes the turn up when its sandbox is lost: asked for, or nothing was begun.
+
+    Args:
+        turn: the turn at work.
+        open_call: the one it was held up at by a question to a person, if it has not happened.
+    """
+    if turn.interrupt_reason is not None:
+        return False
+    if turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE:
+        return True
+    return open_call is not None and int(turn.options.get("attempt", 1)) <= _MOST_ATTEMPTS
 
 
-def goes_on(turn: Turn) -> bool:
-    """Whether a new agent takes the turn up when its sandbox is lost."""
-    return turn.options.get("on_sandbox_lost") == OnSandboxLost.CONTINUE and turn.interrupt_reason is None
+def end_waiting(tx: abc.Transaction, session_id: str, turn_id: str, reason: StopReason) -> None:
+    """End a turn that waits without a process: there is nobody who would have to be told first."""
+    session, turn = tx.sessions.get(session_id), tx.turns.get(turn_id)
+    sandbox = tx.sandboxes.current(session_id)
+    if session is None or turn is None or turn.status.ended or sandbox is not None:
+        return
+    reason = turn.interrupt_reason or reason
+    failure = turn.error
+    if failure is None and reason is StopReason.TIMEOUT:
+        late = TurnTimedOut()
+        failure = Failure(code=late.code, message=late.message)
+    status = TurnStatus.INTERRUPTED if failure is None else TurnStatus.FAILED
+    transitions.complete_turn(tx, session, turn, status, stop_reason=reason, error=failure)
+    transitions.settle(tx, tx.sessions.get(session_id) or session, stop_reason=reason)
 
 
 def mark_deleted(tx: abc.Transaction, session_id: str) -> list[Session]:
@@ -129,6 +166,8 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
     if not queued and live is None and session.reserved is None:
         # What it was wanted for has been cancelled meanwhile.
         return Launching.OUTDATED
+    if live is not None and live.status is TurnStatus.WAITING:
+        return Launching.OUTDATED
     wanted = session.status is SessionStatus.IDLE and queued and live is None
     if wanted and not admission.admits(tx, queued[0].id):
         return Launching.WAITS
@@ -148,7 +187,7 @@ def launching(tx: abc.Transaction, spec: abc.LaunchSpec, runtime: str, admission
             created_at=utc_now(),
         )
     )
-    if session.status is not SessionStatus.STARTING:
+    if session.status not in (SessionStatus.STARTING, SessionStatus.WAITING):
         # The gateway may have died between the end of a lost sandbox and saying so.
         session = transitions.settle(tx, session)
     transitions.set_status(tx, session, SessionStatus.STARTING, generation=spec.generation)
@@ -266,7 +305,11 @@ def lose(tx: abc.Transaction, session_id: str, failure: Failure | None = None) -
     reason = StopReason.SANDBOX_LOST if told.code == lost.code else StopReason.ERROR
     if failure is None and live is not None and live.error is not None and live.interrupt_reason is not None:
         reason = live.interrupt_reason
-    if live is not None and (told.code in _STRIKE_AGAIN or not goes_on(live)):
+    open_call = None if live is None else transitions.open_call(tx, live)
+    if live is not None and goes_on(live, open_call) and open_call is not None:
+        if open_call.status is InteractionStatus.PENDING:
+            return  # it waits without a process from here on
+    elif live is not None and (told.code in _STRIKE_AGAIN or not goes_on(live, None)):
         transitions.fail_turn(tx, session, live, told, reason)
     if session.status is SessionStatus.STARTING and tx.turns.queued(session_id):
         # Nothing was begun, so nothing was lost: the next step starts another.
@@ -301,6 +344,24 @@ def fail_waiting(tx: abc.Transaction, session_id: str, failure: Failure, stop_re
         transitions.fail_turn(tx, session, turn, failure, stop_reason)
     error = {} if session.reserved is None else {"error": failure}
     tx.sessions.update(session_id, stop_reason=stop_reason, **error)
+
+
+def remind(tx: abc.Transaction, session_id: str) -> None:
+    """Tell people again of whatever of the session is due."""
+    now = utc_now()
+    for asked in tx.interactions.pending(session_id):
+        if asked.remind_at is not None and asked.remind_at <= now:
+            transitions.remind(tx, asked)
+
+
+def bind_asked(tx: abc.Transaction, session_id: str) -> list[Asked]:
+    """What earlier agents have asked, for calls that the next one may make."""
+    live = tx.turns.live(session_id)
+    return [
+        asked_frame(each)
+        for each in tx.interactions.untaken(session_id)
+        if each.parked or (live is not None and each.turn_id == live.id)
+    ]
 
 
 def expire_asked(tx: abc.Transaction, interaction_ids: list[str]) -> list[Interaction]:

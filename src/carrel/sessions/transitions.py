@@ -5,6 +5,7 @@ Every change of a status goes through here, is checked against the tables in `mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from carrel.model import (
     Failure,
     Interaction,
     InteractionStatus,
+    SandboxStatus,
     Session,
     SessionStatus,
     SnapshotReason,
@@ -112,11 +114,18 @@ def start_turn(tx: abc.Transaction, session: Session, turn: Turn, sandbox_id: st
 
 
 def continue_turn(tx: abc.Transaction, session: Session, turn: Turn, sandbox_id: str) -> None:
-    """A new sandbox takes up a turn whose first one was lost."""
+    """A new sandbox takes up a turn whose first one was lost, or has ended while it waited for a person."""
     attempt = turn.options.get("attempt", 1) + 1
+    waited = open_call(tx, turn) is not None
+    for asked in tx.interactions.pending(session.id):
+        # The new agent asks again, by the same row where it is the same call.
+        tx.interactions.update(asked.id, parked=True)
+    if turn.status is TurnStatus.WAITING:
+        turn = tx.turns.update(turn.id, status=TurnStatus.RUNNING)
     tx.turns.update(turn.id, sandbox_id=sandbox_id, options=turn.options | {"attempt": attempt})
     set_status(tx, session, SessionStatus.RUNNING)
-    emit(tx, session.id, events.TurnStarted(origin=turn.origin, attempt=attempt), turn_id=turn.id)
+    if not waited:
+        emit(tx, session.id, events.TurnStarted(origin=turn.origin, attempt=attempt), turn_id=turn.id)
 
 
 def begin_agent_turn(tx: abc.Transaction, session: Session, turn_id: str, at: datetime, sandbox_id: str) -> None:
@@ -167,7 +176,7 @@ def complete_turn(
         duration_ms=duration,
         ended_at=now,
     )
-    _withdraw(tx, turn)
+    _withdraw(tx, ended)
     if turn.started_at is not None:
         tx.sessions.update(session.id, snapshot_due=turn.id)
     emit(
@@ -216,9 +225,15 @@ def fail_turn(tx: abc.Transaction, session: Session, turn: Turn, error: Failure,
 
 
 def ask(tx: abc.Transaction, session: Session, interaction: Interaction) -> None:
-    """A person is asked: the turn, and with it the session, waits for the answer."""
+    """A person is asked: the turn, and with it the session, waits for the answer.
+
+    An agent in the background may ask when no turn is at work: then nothing waits but that agent.
+    """
     turn = tx.turns.get(interaction.turn_id) if interaction.turn_id is not None else None
-    if turn is None or turn.status.ended or not tx.interactions.add(interaction):
+    if turn is None or turn.status.ended:
+        turn, interaction = None, interaction.model_copy(update={"turn_id": None})
+    if not tx.interactions.add(interaction):
+        _ask_again(tx, session, turn, interaction)
         return
     emit(
         tx,
@@ -228,14 +243,66 @@ def ask(tx: abc.Transaction, session: Session, interaction: Interaction) -> None
             kind=interaction.kind,
             tool=interaction.tool,
             input=interaction.input,
-            title=interaction.reason,
+            title=interaction.title,
+            reason=interaction.reason,
             expires_at=interaction.expires_at,
         ),
-        turn_id=turn.id,
+        turn_id=interaction.turn_id,
     )
+    _wait(tx, session, turn)
+
+
+def _ask_again(tx: abc.Transaction, session: Session, turn: Turn | None, interaction: Interaction) -> None:
+    """The same call has come once more, from another agent or after it was put aside: it waits by the same row."""
+    now: dict[str, Any] = {"parked": False}
+    now |= {name: getattr(interaction, name) for name in ("lone", "tool_use_id", "turn_id")}
+    asked = tx.interactions.get(interaction.id)
+    if asked is None or asked.status is not InteractionStatus.PENDING or asked.session_id != session.id:
+        return
+    tx.interactions.update(asked.id, **now)
+    _wait(tx, session, turn)
+
+
+def _wait(tx: abc.Transaction, session: Session, turn: Turn | None) -> None:
+    if turn is None:
+        return
     if turn.status is TurnStatus.RUNNING:
         tx.turns.update(turn.id, status=TurnStatus.WAITING)
     set_status(tx, session, SessionStatus.WAITING, stop_reason=StopReason.REQUIRES_ACTION)
+
+
+def park(tx: abc.Transaction, session: Session, interaction_id: str) -> None:
+    """The call was denied for now; what is asked stays, and its answer is for the next such call."""
+    asked = tx.interactions.get(interaction_id)
+    if asked is None or asked.session_id != session.id:
+        return
+    tx.interactions.update(asked.id, parked=True)
+    if asked.status is InteractionStatus.PENDING:
+        _go_on(tx, session.id, asked.turn_id)
+
+
+def remind(tx: abc.Transaction, interaction: Interaction) -> None:
+    """People are told again of what still waits. It stays as it is: silence is no answer."""
+    if interaction.remind_seconds is None:
+        return
+    again = utc_now() + timedelta(seconds=interaction.remind_seconds)
+    tx.interactions.update(interaction.id, remind_at=again)
+    emit(
+        tx,
+        interaction.session_id,
+        events.InteractionReminded(interaction_id=interaction.id, remind_at=again),
+        turn_id=interaction.turn_id,
+    )
+
+
+def open_call(tx: abc.Transaction, turn: Turn) -> Interaction | None:
+    """The turn's one call that has been asked about and has not happened: without a process it can wait, and go on."""
+    return None if turn.status.ended else call_of(turn, tx.interactions.untaken(turn.session_id))
+
+
+def call_of(turn: Turn, untaken: Sequence[Interaction]) -> Interaction | None:
+    """The same, among those of its session that no agent has acted on."""
+    return next((each for each in untaken if each.lone and not each.parked and each.turn_id == turn.id), None)
 
 
 def resolve(
@@ -261,20 +328,57 @@ def resolve(
         events.InteractionResolved(interaction_id=resolved.id, status=status, answer=answer, answered_by=answered_by),
         turn_id=resolved.turn_id,
     )
-    session = tx.sessions.get(resolved.session_id)
-    turn = tx.turns.get(resolved.turn_id) if resolved.turn_id is not None else None
-    if session is None or turn is None or turn.status is not TurnStatus.WAITING or tx.interactions.pending(session.id):
-        return resolved
-    tx.turns.update(turn.id, status=TurnStatus.RUNNING)
-    set_status(tx, session, SessionStatus.RUNNING, **touch(session, now))
+    _go_on(tx, resolved.session_id, resolved.turn_id)
     return resolved
 
 
+def _go_on(tx: abc.Transaction, session_id: str, turn_id: str | None) -> None:
+    """The turn is at work again, if it waits for nobody any more."""
+    session = tx.sessions.get(session_id)
+    turn = tx.turns.get(turn_id) if turn_id is not None else None
+    if session is None or turn is None or turn.status is not TurnStatus.WAITING:
+        return
+    if any(not each.parked for each in tx.interactions.pending(session.id)):
+        return
+    tx.turns.update(turn.id, status=TurnStatus.RUNNING)
+    sandbox = tx.sandboxes.current(session.id)
+    if sandbox is None or sandbox.status is SandboxStatus.ENDING:
+        # Its process has ended meanwhile: the session's next step starts another, and says so.
+        tx.sessions.update(session.id, **touch(session, utc_now()))
+        return
+    set_status(tx, session, SessionStatus.RUNNING, **touch(session, utc_now()))
+
+
 def _withdraw(tx: abc.Transaction, turn: Turn) -> None:
-    """Nobody needs an answer for a turn that has ended."""
-    for pending in tx.interactions.pending(turn.session_id):
-        if pending.turn_id == turn.id:
-            resolve(tx, pending.id, InteractionStatus.WITHDRAWN)
+    """Nobody needs an answer for a turn that has ended, and one that it had got is not for another.
+
+    Where it has ended well, whatever still waits is an agent's in the background, which lives on.
+    """
+    for asked in tx.interactions.untaken(turn.session_id):
+        if asked.turn_id != turn.id or asked.parked:
+            continue
+        if asked.status is not InteractionStatus.PENDING:
+            tx.interactions.update(asked.id, taken_at=utc_now())
+        elif turn.status is TurnStatus.SUCCEEDED:
+            tx.interactions.update(asked.id, turn_id=None)
+        else:
+            resolve(tx, asked.id, InteractionStatus.WITHDRAWN)
+
+
+def withdraw_detached(tx: abc.Transaction, session_id: str) -> None:
+    """The sandbox is gone, and with it every agent in the background."""
+    for asked in tx.interactions.pending(session_id):
+        if asked.turn_id is None and not asked.parked:
+            resolve(tx, asked.id, InteractionStatus.WITHDRAWN)
+
+
+def withdraw_all(tx: abc.Transaction, session_id: str) -> None:
+    """Nobody needs an answer for a session that is stopped."""
+    for asked in tx.interactions.untaken(session_id):
+        if asked.status is InteractionStatus.PENDING:
+            resolve(tx, asked.id, InteractionStatus.WITHDRAWN)
+        else:
+            tx.interactions.update(asked.id, taken_at=utc_now())
 
 
 def _check(turn: Turn, status: TurnStatus) -> None:

@@ -511,6 +511,14 @@ class Settings(Group):
     cli_path: Path | None = Field(default=None, description="Another Claude Code program than the one we bring.")
 
     idle_timeout_seconds: float = Field(default=600.0, gt=0, description="After it an idle session's process is freed.")
+    defer_after_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="How long a process is held for a call that waits for a person and can do without.",
+    )
+    live_hold_seconds: float = Field(
+        default=3600.0, gt=0, description="How long it is held for one that cannot; then the call is denied for now."
+    )
     warm_pool: int = Field(
         default=0, ge=0, le=1000, description="Sandboxes with a connected agent that wait for new sessions."
     )

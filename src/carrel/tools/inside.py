@@ -30,10 +30,10 @@ from carrel.model import (
     new_id,
     utc_now,
 )
+from carrel.protocol.link import digest_of
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateChild, CreateTurn
 from carrel.sessions import transitions
-from carrel.sessions.asking import digest_of
 from carrel.sessions.children import Children, Outcome
 from carrel.sessions.service import Mark, SessionService
 from carrel.tools.toolbox import Arguments, Call, Result, Tool, Toolbox

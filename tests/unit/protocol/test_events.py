@@ -87,8 +87,10 @@ SAMPLES: dict[str, EventData] = {
         agent_version="2.1.0",
     ),
     "interaction.requested": events.InteractionRequested(
-        interaction_id="i1", kind="permission", tool="Bash", input={"command": "ls"}, title=TEXT, expires_at=AT
+        interaction_id="i1", kind="permission", tool="Bash", input={"command": "ls"}, title=TEXT, reason=TEXT,
+        expires_at=AT,
     ),
+    "interaction.reminded": events.InteractionReminded(interaction_id="i1", remind_at=AT),
     "interaction.resolved": events.InteractionResolved(
         interaction_id="i1", status="answered", answer={"behavior": "allow"}, answered_by="alice"
     ),

@@ -1,5 +1,6 @@
 """The frames between a runner and its gateway."""
 
+import re
 from datetime import UTC, datetime
 from typing import Any, get_args
 
@@ -33,8 +34,11 @@ FROM_RUNNER: list[Any] = [
     link.Ended(n=9),
     link.Ask(
         n=10, interaction_id="i", turn_id="t1", at=AT, about=InteractionKind.PERMISSION, tool="Bash", tool_use_id="u",
-        input={"command": "ls"}, reason="r",
+        input={"command": "ls"}, reason="r", lone=True, expires_seconds=1.5, remind_seconds=2.5,
     ),
+    link.Parked(n=11, interaction_id="i"),
+    link.Deferred(n=12, turn_id="t1", interaction_id="i"),
+    link.Taken(n=13, interaction_id="i"),
     link.DeltaFrame(delta="text", turn_id="t1", message_id="m", block=1, offset=3, text="x", parent_tool_use_id="p"),
     link.OpenBlocks(blocks=[link.OpenBlock(turn_id="t1", kind="text", message_id="m", block=0, text="so far")]),
     link.WantTranscript(),
@@ -43,7 +47,8 @@ FROM_RUNNER: list[Any] = [
 FROM_GATEWAY: list[Any] = [
     link.Bind(
         id="1", session_id="s", spec=SessionSpec(model="m", tools=[]), permission_mode="plan", agent_session_id="a",
-        reconcile=True, resume_turn="t1",
+        reconcile=True, resume_turn="t1", defer_after_seconds=0.5, live_hold_seconds=2,
+        asked=[link.Asked(interaction_id="i", tool_use_id="u", input_digest="0" * 64)],
     ),
     link.StartTurn(id="2", turn_id="t1", content=[{"type": "text", "text": "hi"}], max_turns=3, model="m"),
     link.Interrupt(id="3", turn_id="t1", reason=StopReason.TIMEOUT),
@@ -119,3 +124,11 @@ def test_every_kind_of_delta_fits() -> None:
     for kind in events.DeltaKind:
         frame = RUNNER_FRAME.validate_json(to_json(link.DeltaFrame(delta=kind, message_id="m")))
         assert from_json(to_json(frame))["delta"] == kind
+
+
+def test_a_call_has_one_digest_however_its_input_is_ordered() -> None:
+    one = link.digest_of("Bash", {"command": "ls", "more": {"a": [{"x": 1, "y": 2}], "b": None}})
+    assert one == link.digest_of("Bash", {"more": {"b": None, "a": [{"y": 2, "x": 1}]}, "command": "ls"})
+    assert re.fullmatch("[0-9a-f]{64}", one)
+    others = [("Read", {}), ("Bash", {"command": "ls"}), ("Bash", {"command": "ls", "more": {"a": [], "b": None}})]
+    assert one not in {link.digest_of(tool, given) for tool, given in others}

@@ -263,6 +263,8 @@ FREE = {
     "thinking": {"type": "adaptive"},
     "output_format": {"type": "json_schema", "schema": {}},
     "ask_expires_seconds": 60,
+    "ask_remind_seconds": 60,
+    "defer_after_seconds": 60,
 }
 STRICT = spec(
     sandbox={"variables": {"FIXED": "1"}},

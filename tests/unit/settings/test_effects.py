@@ -81,6 +81,8 @@ EFFECTS: dict[str, str] = {
     "secrets_key": "integration/test_environments.py::test_a_secret_reaches_the_agent_and_stands_nowhere_else",
     "warm_pool": "integration/test_pool.py::test_new_sessions_find_their_agent_connected",
     "launch_timeout_seconds": _EFFECTS + "test_launch_timeout_seconds",
+    "defer_after_seconds": "integration/test_deferral.py::test_what_the_settings_say_of_waiting",
+    "live_hold_seconds": "integration/test_deferral.py::test_calls_side_by_side_keep_their_process_and_are_denied_for_now",
     "reconnect_window_seconds": _EFFECTS + "test_what_a_runner_is_told",
     "drain_seconds": _EFFECTS + "test_drain_seconds",
     "max_queued_turns": _EFFECTS + "test_max_queued_turns",

@@ -16,6 +16,8 @@ from carrel.errors import (
     Forbidden,
     IdempotencyInFlight,
     IdempotencyMismatch,
+    InteractionChanged,
+    InteractionExpired,
     InteractionNotFound,
     InteractionResolved,
     InvalidCursor,
@@ -33,18 +35,27 @@ Status = Annotated[InteractionStatus | None, Query(description="Only those of th
 _EXAMPLE = {
     "id": "01980c5e-6a10-7d11-8f00-5a4b3c2d1e0f",
     "session_id": EXAMPLE_TURN["session_id"],
+    "root_session_id": EXAMPLE_TURN["session_id"],
     "turn_id": EXAMPLE_TURN["id"],
     "kind": "permission",
+    "title": "Bash: git push origin main",
     "tool": "Bash",
     "tool_use_id": "toolu_01",
     "input": {"command": "git push origin main"},
     "input_digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "reason": "an ask rule: Bash(git push *)",
+    "suggestions": ["Bash(git push origin main)"],
+    "options": [
+        {"label": "Yes", "answer": {"decision": "allow"}},
+        {"label": "Yes, and the same again in this session", "answer": {"decision": "allow", "remember": "session"}},
+        {"label": "No", "answer": {"decision": "deny"}},
+    ],
     "status": "pending",
     "answer": None,
     "answered_by": None,
     "created_at": "2026-11-21T09:30:05Z",
     "expires_at": None,
+    "remind_at": None,
     "resolved_at": None,
 }
 _ANSWERED = _EXAMPLE | {
@@ -68,6 +79,11 @@ class AnswerInteraction(BaseModel):
         default=None, description="Of a question: the answer to each of its questions, by the question's text."
     )
     message: str | None = Field(default=None, max_length=100_000, description="With `deny`: what the agent is told.")
+    input_digest: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Of the call that the answer is meant for, as it was shown; for another it is refused.",
+    )
     stop: StrictBool = Field(default=False, description="With `deny`: the turn is interrupted too.")
 
 
@@ -124,6 +140,8 @@ async def get_interaction(interaction_id: InteractionId, services: ServicesDep, 
     responses=responses(
         InteractionNotFound,
         InteractionResolved,
+        InteractionChanged,
+        InteractionExpired,
         Forbidden,
         ValidationFailed,
         IdempotencyInFlight,
@@ -141,7 +159,7 @@ async def answer_interaction(
         Body(examples=[{"decision": "allow"}, {"decision": "deny", "message": "Not on a Friday.", "stop": True}]),
     ],
 ) -> Response:
-    """Answer. Of several answers at once exactly one counts; the others get 409.
+    """Answer. Of several answers at once exactly one counts; the others get 409, and one that is too late gets 410.
 
     With `updated_input` the tool is called with that, and the event says who changed it.
     """
@@ -155,6 +173,7 @@ async def answer_interaction(
             answers=body.answers,
             message=body.message,
             stop=body.stop,
+            input_digest=body.input_digest,
         )
         return answer(resolved)
 

@@ -35,12 +35,20 @@ class SqlInteractions(Rows, abc.InteractionRows):
         row = self._one(_T.update().where(*pending).values(**values).returning(*_COLUMNS))
         return Interaction.model_validate(row) if row else None
 
+    def update(self, interaction_id: str, **changes: Any) -> Interaction | None:
+        """Change columns, whatever its status; None where there is none."""
+        values = {name: plain(value) for name, value in changes.items()}
+        row = self._one(_T.update().where(_T.c.id == interaction_id).values(**values).returning(*_COLUMNS))
+        return Interaction.model_validate(row) if row else None
+
     def page(self, which: abc.InteractionFilter, *, cursor: str | None, limit: int) -> abc.Page[Interaction]:
         """Oldest first. Raises InvalidCursor."""
         query = sa.select(*_COLUMNS).order_by(_T.c.id).limit(limit + 1)
         for name in ("owner", "session_id", "turn_id", "status"):
             if (wanted := getattr(which, name)) is not None:
                 query = query.where(_T.c[name] == wanted)
+        if which.tree is not None:
+            query = query.where(_T.c.root_session_id == which.tree)
         if cursor is not None:
             query = query.where(_T.c.id > name_of(cursor))
         found = [Interaction.model_validate(row) for row in self._all(query)]
@@ -51,3 +59,9 @@ class SqlInteractions(Rows, abc.InteractionRows):
         """All of a session's that wait, oldest first."""
         query = sa.select(*_COLUMNS).where(_T.c.session_id == session_id, _T.c.status == InteractionStatus.PENDING)
         return [Interaction.model_validate(row) for row in self._all(query.order_by(_T.c.id))]
+
+    def untaken(self, session_id: str) -> Sequence[Interaction]:
+        """All of a session's that wait, or whose answer no agent has acted on, oldest first; none that is withdrawn."""
+        query = sa.select(*_COLUMNS).where(_T.c.session_id == session_id, _T.c.taken_at.is_(None))
+        query = query.where(_T.c.status != InteractionStatus.WITHDRAWN).order_by(_T.c.id)
+        return [Interaction.model_validate(row) for row in self._all(query)]

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from carrel import abc
 from carrel.errors import SessionNotFound
-from carrel.model import Session, SessionStatus, TurnStatus
+from carrel.model import InteractionStatus, SandboxStatus, Session, SessionStatus, TurnStatus
 from carrel.store import tables
 from carrel.store.rows.base import Rows, columns, cursor_of, number_of, plain, update_of
 
@@ -97,11 +97,22 @@ class SqlSessions(Rows, abc.SessionRows):
         return abc.Page(found[:limit], cursor_of(found[limit - 1].number) if more else None)
 
     def unsettled(self, now: datetime) -> Sequence[str]:
-        """The ids of sessions that look alive, have turns queued, are being deleted, or whose time to live is over."""
-        s, t = tables.sessions, tables.turns
-        waiting = sa.select(t.c.session_id).where(t.c.status.in_((TurnStatus.QUEUED, TurnStatus.RUNNING)))
+        """The ids of sessions that look alive, have turns queued, are being deleted, or whose time to live is over.
+
+        One that waits for a person without a sandbox is among them only when something of it is due.
+        """
+        s, t, i = tables.sessions, tables.turns, tables.interactions
+        waiting = sa.select(t.c.session_id).where(
+            t.c.status.in_((TurnStatus.QUEUED, TurnStatus.RUNNING))
+            | ((t.c.status == TurnStatus.WAITING) & ((t.c.deadline_at <= now) | t.c.interrupt_reason.is_not(None)))
+        )
+        asked = sa.select(i.c.session_id).where(
+            i.c.status == InteractionStatus.PENDING, (i.c.expires_at <= now) | (i.c.remind_at <= now)
+        )
+        housed = sa.select(tables.sandboxes.c.session_id).where(tables.sandboxes.c.status != SandboxStatus.GONE)
         query = sa.select(s.c.id).where(
-            s.c.status.in_(LIVE_SESSION)
+            (s.c.status.in_(LIVE_SESSION) & ((s.c.status != SessionStatus.WAITING) | s.c.id.in_(housed)))
+            | s.c.id.in_(asked)
             | s.c.deleting
             | (s.c.expires_at <= now)
             | s.c.restoring.is_not(None)

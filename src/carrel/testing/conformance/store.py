@@ -731,8 +731,17 @@ async def unsettled_sessions_are_found(open_store: OpenStore) -> None:
     async with open_store(ignore) as store:
         live = [
             await add_session(store, status=status, expires_at=None)
-            for status in (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING, SessionStatus.WAITING)
+            for status in (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING)
         ]
+        waiting = [await add_session(store, status=SessionStatus.WAITING, expires_at=None) for _ in range(5)]
+        housed, late, reminded, interrupted, _without_a_process = waiting
+        await store.write(lambda tx: tx.sandboxes.add(new_sandbox(housed, 1, SandboxStatus.LIVE)))
+        await store.write(lambda tx: tx.interactions.add(new_interaction(late, expires_at=NOW)))
+        again = {"expires_at": None, "remind_at": NOW}
+        await store.write(lambda tx: tx.interactions.add(new_interaction(reminded, **again)))
+        asked = {"interrupt_reason": StopReason.INTERRUPTED}
+        await store.write(lambda tx: tx.turns.add(new_turn(interrupted, 1, TurnStatus.WAITING, **asked)))
+        live += [housed, late, reminded, interrupted]
         queued, running = [await add_session(store, expires_at=None) for _ in range(2)]
         over = await add_session(store, expires_at=NOW)
         await add_session(store, expires_at=NOW + timedelta(seconds=1))
@@ -1180,6 +1189,14 @@ async def what_waits_for_a_person_is_resolved_once(open_store: OpenStore) -> Non
         end = {"status": InteractionStatus.ANSWERED, "answer": {"decision": "allow"}, "answered_by": "key:1"}
         resolved = await store.write(lambda tx: tx.interactions.resolve(made[0].id, **end, resolved_at=NOW))
         must_equal(resolved, made[0].model_copy(update={**end, "resolved_at": NOW}), "it is answered")
+        open_ = lambda tx: [each.id for each in tx.interactions.untaken(session.id)]  # noqa: E731
+        must_equal(await store.read(open_), [each.id for each in made[:2]], "neither is acted on")
+        taken = await store.write(lambda tx: tx.interactions.update(made[0].id, taken_at=NOW, parked=True))
+        must_equal(taken, resolved.model_copy(update={"taken_at": NOW, "parked": True}) if resolved else None, "it is")
+        must_equal(await store.read(open_), [made[1].id], "and only the other is not")
+        must(await store.write(lambda tx: tx.interactions.update("nobody's", parked=True)) is None, "none to change")
+        must_equal(await store.read(listed(tree=session.id)), [taken, made[1]], "of a tree")
+        await store.write(lambda tx: tx.interactions.update(made[0].id, taken_at=None, parked=False))
         late = {"status": InteractionStatus.EXPIRED, "resolved_at": NOW}
         must(await store.write(lambda tx: tx.interactions.resolve(made[0].id, **late)) is None, "and stays so")
         must_equal(await store.read(lambda tx: list(tx.interactions.pending(session.id))), made[1:2], "one waits")
