@@ -24,7 +24,7 @@ def interaction_of(session: Session, frame: Ask) -> Interaction:
     return Interaction(
         id=frame.interaction_id,
         session_id=session.id,
-        root_session_id=session.id,
+        root_session_id=session.root_id or session.id,
         owner=session.owner,
         turn_id=frame.turn_id,
         kind=frame.about,

@@ -34,6 +34,7 @@ from carrel.protocol.link import digest_of
 from carrel.protocol.results import TurnResult
 from carrel.protocol.spec import CreateChild, CreateTurn
 from carrel.sessions import transitions
+from carrel.sessions.asking import title_of
 from carrel.sessions.children import Children, Outcome
 from carrel.sessions.service import Mark, SessionService
 from carrel.tools.toolbox import Arguments, Call, Result, Tool, Toolbox
@@ -300,9 +301,11 @@ class _Inside:
             new = Interaction(
                 id=asked,
                 session_id=own,
+                root_session_id=session.root_id or own,
                 owner=session.owner,
                 turn_id=turn.id,
                 kind=InteractionKind.QUESTION,
+                title=title_of(InteractionKind.QUESTION, _ASK, tool_input),
                 tool=_ASK,
                 input=tool_input,
                 input_digest=digest_of(_ASK, tool_input),
