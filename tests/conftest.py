@@ -254,7 +254,7 @@ def _no_leaks_of_the_run(_own_temporary_folder: None, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LeakCheck]:
-    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("engine") == "postgres":
+    if getattr(request.node, "callspec", None) and "postgres" in request.node.callspec.params.values():
         request.getfixturevalue("postgres_server")  # the run's own, so it has to be there before we look around
     check = LeakCheck({str(tmp_path)})
     if _is_async(request):
