@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 
@@ -44,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two installations on one machine must not share their sandboxes' users: what one runs counts against the other.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     os.environ["CARREL_FIRST_SANDBOX_UID"] = str(700_000 + 10_000 * int(worker))
+    hypothesis.settings.register_profile("carrel", deadline=None)  # how long an example takes says nothing here
+    hypothesis.settings.load_profile("carrel")
     # The renderer that structlog begins with draws a traceback for half a second, in the event loop.
     structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()])
 
