@@ -99,12 +99,18 @@ def _has_images() -> bool:
     return True
 
 
+def _has_browser_image() -> bool:
+    command = ["docker", "image", "inspect", f"carrel-sandbox:{__version__}-browser"]
+    return _has_docker() and subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+
+
 def _has_compose() -> bool:
     command = ["docker", "compose", "version"]
     return _has_docker() and subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
 
 
 PARTS = {
+    "browser-image": Part(_has_browser_image, "the image with a browser (scripts/build-images --browser)"),
     "bubblewrap": Part(_has_bubblewrap, "a bubblewrap that may run here (Debian: apt-get install bubblewrap)"),
     "cgroup": Part(_has_cgroup, "to be allowed to make control groups (as root, or under systemd with Delegate=yes)"),
     "compose": Part(_has_compose, "Docker Compose 2.24 or newer (scripts/install-compose)"),
