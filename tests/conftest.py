@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 
@@ -44,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two installations on one machine must not share their sandboxes' users: what one runs counts against the other.
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     os.environ["CARREL_FIRST_SANDBOX_UID"] = str(700_000 + 10_000 * int(worker))
+    hypothesis.settings.register_profile("carrel", deadline=None)  # how long an example takes says nothing here
+    hypothesis.settings.load_profile("carrel")
     # The renderer that structlog begins with draws a traceback for half a second, in the event loop.
     structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()])
 
@@ -96,12 +99,18 @@ def _has_images() -> bool:
     return True
 
 
+def _has_browser_image() -> bool:
+    command = ["docker", "image", "inspect", f"carrel-sandbox:{__version__}-browser"]
+    return _has_docker() and subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+
+
 def _has_compose() -> bool:
     command = ["docker", "compose", "version"]
     return _has_docker() and subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
 
 
 PARTS = {
+    "browser-image": Part(_has_browser_image, "the image with a browser (scripts/build-images --browser)"),
     "bubblewrap": Part(_has_bubblewrap, "a bubblewrap that may run here (Debian: apt-get install bubblewrap)"),
     "cgroup": Part(_has_cgroup, "to be allowed to make control groups (as root, or under systemd with Delegate=yes)"),
     "compose": Part(_has_compose, "Docker Compose 2.24 or newer (scripts/install-compose)"),
@@ -254,7 +263,7 @@ def _no_leaks_of_the_run(_own_temporary_folder: None, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LeakCheck]:
-    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("engine") == "postgres":
+    if getattr(request.node, "callspec", None) and "postgres" in request.node.callspec.params.values():
         request.getfixturevalue("postgres_server")  # the run's own, so it has to be there before we look around
     check = LeakCheck({str(tmp_path)})
     if _is_async(request):

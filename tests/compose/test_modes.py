@@ -45,6 +45,7 @@ def still_there(installation: Any, session: str) -> None:
 def up_used_stopped_up(installation: Any, *options: str) -> str:
     installation.start(*options)
     session = used(installation)
+    _commands_know_what_the_application_knows(installation)
     installation.start("--stop")
     assert installation.sandboxes() == []
     installation.start()  # what was chosen is remembered
@@ -80,6 +81,15 @@ def _as_root(installation: Any, command: str) -> None:
     image = installation.inspect("app")["Config"]["Image"]
     volumes = [f"--volume={installation.project}_{name}:/data/{path}" for name, path in _VOLUMES]
     installation.run("docker", "run", "--rm", "--user=0:0", *volumes, "--entrypoint=sh", image, "-c", command)
+
+
+def _commands_know_what_the_application_knows(installation: Any) -> None:
+    """`docker compose exec app carrel …`, as the guide says it."""
+    lines = {line["name"]: line for line in json.loads(installation.exec("carrel", "doctor", "--json"))}
+    assert {name: line for name, line in lines.items() if line["level"] != "ok"} == {}
+    assert "image" not in lines["Docker engine"]["found"]
+    assert "rows of" in installation.exec("carrel", "backup", "/data/db/carrel.tar.gz")
+    installation.exec("rm", "/data/db/carrel.tar.gz")
 
 
 _VOLUMES = (("claude-db", "db"), ("claude-users", "claude-users"))

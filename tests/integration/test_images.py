@@ -148,6 +148,28 @@ def test_mcp_servers_of_the_presets_answer_without_network() -> None:
         assert tool in tools
 
 
+@pytest.mark.requires("browser-image")
+def test_the_browser_is_driven_within_a_sandboxs_walls() -> None:
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+    page = {"name": "browser_navigate", "arguments": {"url": "data:text/html,<title>There</title>"}}
+    lines = [
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": page},
+    ]
+    asked = "".join(json.dumps(line) + "\n" for line in lines)
+    # Its input stays open until it has answered.
+    script = """
+        mkfifo /tmp/in; exec 3<>/tmp/in; cat >&3
+        playwright-mcp </tmp/in 2>/dev/null | while read -r line; do
+            case $line in *'"id":2'*) echo "$line"; kill 0;; esac
+        done
+    """
+    walls = ("--init", *OFFLINE, *ANY_USER, "--security-opt", "no-new-privileges", "--tmpfs", "/home/agent:mode=1777")
+    done = run(*walls, f"{SANDBOX}-browser", "timeout", "120", "bash", "-c", script, stdin=asked)
+    assert "Page Title: There" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("image", [SANDBOX, GATEWAY])
 def test_no_secret_in_history_or_files(image: str) -> None:
     secret = r"sk-ant-[a-z]+[0-9]+-[A-Za-z0-9_-]{20}|carrel_(sk|admin)_[A-Za-z0-9_-]{20}|gh[pos]_[A-Za-z0-9]{30}"

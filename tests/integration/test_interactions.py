@@ -8,7 +8,7 @@ import pytest
 from carrel.errors import Forbidden
 from carrel.model import Principal, Scope
 
-pytestmark = pytest.mark.cli
+pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
 
 ASKED = {"permission_mode": "default"}
 APPEND = "[[bash: echo once >> /workspace/log]]"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.cli
+pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
 
 WRITE = "[[write: /workspace/made.txt | made]]"
 

@@ -79,5 +79,10 @@ def _advise(manifest: Manifest, folder: Path, users: Path | None, database_url: 
             f"Users' directories were in {manifest.facts['users_base_dir']} and are now in {folder / 'users'}; "
             "see what users.base_dir says.\n"
         )
+    if manifest.facts.get("objects_path") is not None and (folder / "objects").is_dir():
+        sys.stdout.write(
+            f"Snapshots and artifacts were in {manifest.facts['objects_path']} and are now in {folder / 'objects'}; "
+            "see what objects.path says.\n"
+        )
     if database_url is not None:
         sys.stdout.write("Set database.url to the database that was named here.\n")

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _DATABASE = "carrel.db"
 _OWN_FILES = ("admin.key", "config.yaml", ".env")
-_TREES = ("sessions", "users", "workspaces", "environments")
+_TREES = ("sessions", "users", "workspaces", "environments", "objects")
 
 
 def save(settings: Settings, target: Path) -> tuple[Manifest, list[str]]:
@@ -46,6 +46,8 @@ def save(settings: Settings, target: Path) -> tuple[Manifest, list[str]]:
         raise OperatorError(f"There is no data folder {settings.data}.")
     users = settings.users.base_dir or settings.data / "users"
     facts = {"version": __version__, "made_at": utc_now().isoformat(), "users_base_dir": str(users)}
+    if settings.objects.path is not None:
+        facts["objects_path"] = str(settings.objects.path)
     with ArchiveWriter.create(target, facts) as archive:
         # Rows first: files may then be newer than what is said of them, and never older.
         _add_rows(archive, settings)
@@ -55,6 +57,8 @@ def save(settings: Settings, target: Path) -> tuple[Manifest, list[str]]:
         archive.add_tree("users", users)
         archive.add_tree("workspaces", settings.data / "workspaces")
         archive.add_tree("environments", settings.data / "environments")
+        if settings.objects.kind == "disk":
+            archive.add_tree("objects", settings.objects.path or settings.data / "objects")
     return archive.manifest, archive.skipped
 
 

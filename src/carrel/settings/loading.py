@@ -16,7 +16,7 @@ from carrel.errors import InvalidSettings
 from carrel.settings.aliases import OLD_DEFAULTS, OLD_PORTS, OldSession, database_url
 from carrel.settings.model import Settings
 from carrel.settings.names import Leaf, leaves
-from carrel.settings.sources import Given, Layer, command_line, environment, known, read_file
+from carrel.settings.sources import Given, Layer, command_line, config_file, environment, known, read_file
 
 __all__ = ["SettingLine", "describe", "load_settings"]
 
@@ -43,7 +43,7 @@ def load_settings(
     """Read every setting.
 
     Args:
-        config: the YAML file; without it, `DATA/config.yaml` is read where it exists.
+        config: the YAML file; without it that of CARREL_CONFIG, else `DATA/config.yaml` where it exists.
         overrides: what the command line's options say; values of None say nothing.
         assignments: what `--set` says: `NAME=VALUE`.
 
@@ -130,7 +130,7 @@ def _value(settings: Settings, name: str) -> Any:
 def _said(config: Path | None, overrides: Mapping[str, Any] | None, assignments: Sequence[str]) -> Said:
     """The one value of each setting that anybody names, in our names."""
     given = [*environment(), *command_line(overrides, assignments)]
-    path = config if config is not None else _default_file(given)
+    path = config or config_file() or _default_file(given)
     if path is not None:
         given += read_file(path)
     return _resolved(given)

@@ -122,8 +122,9 @@ _INTRODUCTION = """\
 
 This page is made from the code (`carrel settings --docs`); a test holds it up to date.
 
-Settings come from four places, and the later wins: the **default**, the **file** (`--config FILE`, else
-`DATA/config.yaml`), the **environment**, the **command line**. They are read once, when the server starts.
+Settings come from four places, and the later wins: the **default**, the **file** (`--config FILE`, else that
+of `CARREL_CONFIG`, else `DATA/config.yaml`), the **environment**, the **command line**. They are read once, when the
+server starts.
 
 ```yaml
 # config.yaml

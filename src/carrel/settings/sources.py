@@ -17,12 +17,14 @@ from carrel.errors import InvalidSettings
 from carrel.settings.aliases import ALIASES, Alias, OldSession
 from carrel.settings.names import Leaf, groups, leaves, nearest
 
-__all__ = ["Given", "Layer", "command_line", "environment", "known", "provider_environment", "read_file"]
+__all__ = ["Given", "Layer", "command_line", "config_file", "environment", "known", "provider_environment", "read_file"]
 
 _MAX_SECRET_BYTES = 65_536
 
 _OLD = "CLAUDE_AGENT_"
+_CONFIG = "CARREL_CONFIG"
 _NOT_OURS = (
+    _CONFIG,  # names the file of settings, and is none itself
     "CARREL_KEY",  # an example's, as the next
     "CARREL_URL",
     "CARREL_REQUIRE",  # the test suite's
@@ -110,6 +112,12 @@ known = _all_names()
 
 
 # ---------------------------------------------------------------------------------------------------------- the file
+
+
+def config_file() -> Path | None:
+    """The file that the environment names, for a command that names none."""
+    named = os.environ.get(_CONFIG)
+    return Path(named) if named else None
 
 
 def read_file(path: Path) -> list[Given]:

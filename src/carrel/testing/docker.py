@@ -34,7 +34,9 @@ class DockerEngine:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = ["dockerd", "--host", self.host, "--bridge", "none", "--iptables=false", "--ip-forward=false"]
+        # In a network of its own: an engine without a bridge removes `docker0`, which is the machine's own engine's.
+        command = ["unshare", "--net", "dockerd", "--host", self.host]
+        command += ["--bridge", "none", "--iptables=false", "--ip-forward=false"]
         for name, place in {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}.items():
             command += [f"--{name}", str(self.folder / place)]
         with (self.folder / "log").open("ab") as log:

@@ -337,10 +337,10 @@ class _Member(tarfile.TarInfo):
     """A member whose headers have a bound: `tarfile` would read names of any length into memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        """A header; one that is damaged is told. `tarfile` takes it for the end where it is not the first."""
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+        """The next header; one that is damaged is told. `tarfile` takes it for the end where it is not the first."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(tar)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(str(error)) from None
 

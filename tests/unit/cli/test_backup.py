@@ -101,6 +101,9 @@ def make_files(data: Path) -> None:
     (workspace / "out").symlink_to("/etc/passwd")
     (data / "users" / "alice" / "notes").mkdir(parents=True)
     (data / "users" / "alice" / "notes" / "one").write_text("hers")
+    for name in ("workspaces/w/files", "objects/snapshots/s"):
+        (data / name).mkdir(parents=True)
+        (data / name / "kept").write_text(name)
 
 
 @pytest.mark.parametrize("target", ENGINES)
@@ -131,6 +134,8 @@ def test_all_comes_back_on_either_engine(
     assert (back / "sessions" / "s" / "workspace" / "file").read_text() == "content"
     assert os.readlink(back / "sessions" / "s" / "workspace" / "out") == "/etc/passwd"
     assert (back / "users" / "alice" / "notes" / "one").read_text() == "hers"
+    for name in ("workspaces/w/files", "objects/snapshots/s"):
+        assert (back / name / "kept").read_text() == name
     assert not (back / "server.json").exists()
     assert [stat.S_IMODE(p.stat().st_mode) for p in (back, back / "admin.key")] == [0o700, 0o600]
     assert (back / "carrel.db").exists() is (to_url is None)
@@ -209,6 +214,25 @@ def test_users_directories_are_found_where_the_settings_say(tmp_path: Path) -> N
     assert run(["backup", str(path), "--data", str(data)]) == 0
     assert run(["restore", str(path), "--data", str(tmp_path / "back")]) == 0
     assert (tmp_path / "back" / "users" / "bob" / "file").read_text() == "his"
+
+
+def test_objects_are_found_where_the_settings_say_and_left_out_where_a_server_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, objects = tmp_path / "data", tmp_path / "elsewhere"
+    objects.mkdir()
+    (objects / "one").write_text("kept")
+    data.mkdir()
+    within(SqliteStore(data / "carrel.db"), fill)
+    (data / "config.yaml").write_text(f"objects: {{path: {objects}}}\n")
+    assert run(["backup", str(tmp_path / "a.tar.gz"), "--data", str(data)]) == 0
+    assert run(["restore", str(tmp_path / "a.tar.gz"), "--data", str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back/objects/one").read_text() == "kept"
+    assert "see what objects.path says" in capsys.readouterr().out
+    (data / "config.yaml").write_text("objects: {kind: s3, bucket: b, access_key: mine, secret_key: mine-too}\n")
+    assert run(["backup", str(tmp_path / "b.tar.gz"), "--data", str(data)]) == 0
+    assert run(["restore", str(tmp_path / "b.tar.gz"), "--data", str(tmp_path / "again")]) == 0
+    assert not (tmp_path / "again/objects").exists()
 
 
 def test_a_database_of_another_name_goes_where_the_settings_say(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """What is shown of settings: every one, where it was said, and no secret."""
 
-from carrel.settings import Settings
+import pytest
+
+from carrel.errors import InvalidSettings
+from carrel.settings import Settings, load_settings
 from carrel.settings.names import leaves
 
 PLANTED = "planted-secret-that-is-long-enough-for-any-use"
@@ -34,6 +37,19 @@ def test_where_it_was_said(told, tmp_path, monkeypatch):
         "limits.memory_mb": "--set limits.memory_mb",
         "defaults.ttl_seconds": "CLAUDE_AGENT_SESSION_TTL",
     }
+
+
+def test_the_file_that_the_environment_names(tmp_path, monkeypatch):
+    (tmp_path / "named.yaml").write_text("port: 8123")
+    (tmp_path / "config.yaml").write_text("port: 8124")
+    monkeypatch.setenv("CARREL_DATA", str(tmp_path))
+    assert load_settings().port == 8124
+    monkeypatch.setenv("CARREL_CONFIG", str(tmp_path / "named.yaml"))
+    assert load_settings().port == 8123
+    assert load_settings(tmp_path / "config.yaml").port == 8124
+    monkeypatch.setenv("CARREL_CONFIG", str(tmp_path / "none.yaml"))
+    with pytest.raises(InvalidSettings, match=r"none\.yaml cannot be read"):
+        load_settings()
 
 
 def test_no_secret_is_shown(told, monkeypatch):
