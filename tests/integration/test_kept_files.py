@@ -288,3 +288,33 @@ async def test_what_was_written_after_the_last_turn_is_kept_when_the_sandbox_goe
 async def released(api, session):
     found = (await api.ask("GET", f"/sessions/{session}/snapshots"))["data"]
     return [each for each in found if each["reason"] == "release"]
+
+
+async def test_an_object_store_that_is_away_holds_no_turn_up_and_is_told_once(start, tmp_path, s3_server):
+    keys = {"access_key": s3_server.access_key, "secret_key": s3_server.secret_key}
+    place = {"kind": "s3", "endpoint": s3_server.endpoint, "bucket": s3_server.bucket, "timeout_seconds": 1.0}
+    api = await start(objects=place | keys)
+    session = await api.session()
+    first = (await api.run(session, "[[bash: echo one > a]]"))["id"]
+    assert await api.until("it is kept", lambda: snapshot_of(api, session, first))
+    for outage in (1, 2):
+        await asyncio.to_thread(s3_server.stop)
+        for number in range(3):
+            result = await api.run(session, f"[[bash: echo {outage}-{number} > a]]")
+            assert result["status"] == "succeeded"
+        await api.until("it is told", lambda: told(api, session, outage))  # noqa: B023
+        refused = await api.ask("POST", f"/sessions/{session}/snapshots", 503)
+        assert refused["code"] == "object_store_unavailable"
+        last = (await api.run(session, "[[bash: echo last >> a]]"))["id"]
+        await asyncio.to_thread(s3_server.start)
+        assert await api.until("it catches up", lambda: snapshot_of(api, session, last), 60)  # noqa: B023
+        assert len(await told(api, session, outage)) == outage, "once for each time"
+    await api.ask("POST", f"/sessions/{session}/stop")
+    shutil.rmtree(tmp_path / "data" / "sessions" / session)
+    assert (await api.http.get(f"/sessions/{session}/files/a")).text == "2-2\nlast\n"
+
+
+async def told(api, session, count):
+    found = [event for event in await api.events(session) if event["type"] == "workspace.snapshot_failed"]
+    assert all(event["data"]["code"] == "object_store_unavailable" for event in found)
+    return found if len(found) >= count else None

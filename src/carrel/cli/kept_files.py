@@ -55,7 +55,7 @@ class KeptFiles:
             vault if wanted.enabled else None,
             poke,
             run_blocking=asyncio.to_thread,
-            cloner=Cloner(store, folders, await _clone_rules(settings, stack, secrets), run_blocking=asyncio.to_thread),
+            cloner=Cloner(store, folders, await _clone_rules(settings, stack, secrets)),
             rules=KeepRules(
                 last=wanted.keep,
                 max_age=None if wanted.keep_days is None else timedelta(days=wanted.keep_days),

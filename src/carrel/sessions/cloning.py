@@ -6,9 +6,9 @@ import asyncio
 import threading
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -58,15 +58,18 @@ class CloneRules:
 class Cloner:
     """Clones repositories into workspaces that are not there yet."""
 
-    def __init__(
-        self, store: abc.Store, folders: Folders, rules: CloneRules, *, run_blocking: Callable[..., Any]
-    ) -> None:
+    def __init__(self, store: abc.Store, folders: Folders, rules: CloneRules) -> None:
         """Clone what `rules` allow into `folders`."""
         self._store = store
         self._folders = folders
         self._rules = rules
-        self._run_blocking = run_blocking
         self._places = asyncio.Semaphore(_AT_ONCE)
+        # Threads of its own: hosts that are slow must hold up nobody but those who clone.
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="clone")
+
+    def close(self) -> None:
+        """Clone nothing any more. Nobody may be at it."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def check(self, environment: str, spec: EnvironmentSpec, workspace: Workspace) -> None:
         """Look whether sessions of an environment may have this workspace.
@@ -113,7 +116,7 @@ class Cloner:
         self.check(environment.name, environment.spec, workspace)
         try:
             repository = await self._repository(environment.spec, workspace)
-            async with self._places:
+            async with self._places:  # before the threads: who waits here can still be called off
                 commit = await self._run(session, repository)
         except CloneFailed as error:
             reason, detail = error.context["reason"], error.operator_detail
@@ -147,7 +150,7 @@ class Cloner:
             target, owner = self._folders.staged(session), self._folders.owner(session)
             return clone(repository, target, owner, self._rules.bounds, cancelled=over.is_set)
 
-        working = asyncio.ensure_future(self._run_blocking(work))
+        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:

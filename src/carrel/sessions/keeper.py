@@ -13,13 +13,12 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
 from carrel import abc
-from carrel.errors import CarrelError, SnapshotMissing, StoreUnavailable, TurnAtWork, Unavailable
+from carrel.errors import CarrelError, SessionNotFound, SnapshotMissing, StoreUnavailable, TurnAtWork, Unavailable
 from carrel.killpoints import reached
 from carrel.model import NamedWorkspace, Session, Snapshot, SnapshotReason, new_id, utc_now
 from carrel.protocol import events
@@ -27,7 +26,7 @@ from carrel.protocol.events import StoredEvent
 from carrel.sessions import steps, transitions
 from carrel.sessions.cloning import Cloner, CloneRules
 from carrel.sessions.kept import (
-    Saved,
+    Vault,
     begin_filling,
     kept_of,
     newest_of,
@@ -41,7 +40,7 @@ from carrel.sessions.kept import (
 from carrel.workspaces.folders import Folders
 from carrel.workspaces.pruning import KeepRules
 
-__all__ = ["Keeper", "Vault"]
+__all__ = ["Keeper"]
 
 log = structlog.get_logger(__name__)
 
@@ -56,19 +55,6 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _SWEEP_SECONDS = 30.0
 _BATCH = 100
 _OLD_SECONDS = 600.0
-
-
-class Vault(Protocol):
-    """Keeps the files of folders as objects. Raises errors of kind Unavailable while the object store is away."""
-
-    async def save(self, session: Session, key: str, *, since: str | None) -> Saved | None:
-        """Keep the session's workspace under a key. None where nothing has changed since the object `since`."""
-
-    async def restore(self, session: Session, key: str, target: Path) -> None:
-        """Put what was kept into a folder that is not there yet, and give it to the session's owner."""
-
-    async def delete(self, prefix: str) -> None:
-        """Delete every object whose key begins so."""
 
 
 class Keeper:
@@ -103,7 +89,7 @@ class Keeper:
         self._run_blocking = run_blocking
         self._rules = rules
         self._swept_at = -math.inf
-        self.cloner = cloner or Cloner(store, folders, CloneRules(), run_blocking=run_blocking)
+        self.cloner = cloner or Cloner(store, folders, CloneRules())
         self._ensuring: dict[str, asyncio.Task[None]] = {}
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._work: dict[str, asyncio.Task[None]] = {}
@@ -327,8 +313,8 @@ class Keeper:
         try:
             # In one that writes: a turn that is being started at this moment is seen, or sees that it has to wait.
             await self._store.write(lambda tx: begin_filling(tx, session.id, UPLOAD))
+            await self.ensure(session)
             async with self.changing(session):
-                await self._ensure(session)
                 yield
         finally:
             self._filling.discard(session.id)
@@ -344,6 +330,36 @@ class Keeper:
             Unavailable: the object store is away; nothing has changed, and it can be tried again.
             CloneFailed, SecretMissing: what it begins with cannot be had; likewise.
         """
+        if session.workspace.repo is None:
+            await self._ensure_alone(session)
+            return
+        task = self._task(session)
+        await asyncio.wait([task])  # it is not this caller's alone, and ends with the session
+        if task.cancelled():
+            raise SessionNotFound
+        self._ensuring.pop(session.id, None)
+        await task
+
+    async def ensured(self, session: Session, seconds: float) -> bool:
+        """As `ensure`, and for so long at most: False where it takes longer. It goes on then, and pokes when it is done."""
+        task = self._task(session)
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done() or task.cancelled():
+            return False
+        self._ensuring.pop(session.id, None)
+        await task
+        return True
+
+    def _task(self, session: Session) -> asyncio.Task[None]:
+        """What has the session's files there; one at a time."""
+        task = self._ensuring.get(session.id)
+        if task is None:
+            task = asyncio.create_task(self._ensure_alone(session), name=f"files of {session.id}")
+            self._ensuring[session.id] = task
+            task.add_done_callback(lambda task: self._ensured(session.id, task))
+        return task
+
+    async def _ensure_alone(self, session: Session) -> None:
         if session.files_of is not None:
             owner = session.files_of
             found = await self._store.read(lambda tx: tx.sessions.get(owner))
@@ -352,20 +368,6 @@ class Keeper:
             session = found
         async with self.changing(session):
             await self._ensure(session)
-
-    async def ensured(self, session: Session, seconds: float) -> bool:
-        """As `ensure`, and for so long at most: False where it takes longer. It goes on then, and pokes when it is done."""
-        task = self._ensuring.get(session.id)
-        if task is None:
-            task = asyncio.create_task(self.ensure(session), name=f"files of {session.id}")
-            self._ensuring[session.id] = task
-            task.add_done_callback(lambda task: self._ensured(session.id, task))
-        await asyncio.wait([task], timeout=seconds)
-        if not task.done() or task.cancelled():
-            return False
-        self._ensuring.pop(session.id, None)
-        await task
-        return True
 
     def _ensured(self, session_id: str, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -482,6 +484,7 @@ class Keeper:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.cloner.close()
         self._work.clear()
         self._ensuring.clear()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from carrel import abc
 from carrel.errors import CarrelError, SessionNotFound, TurnAtWork
@@ -16,6 +18,7 @@ from carrel.workspaces.pruning import KeepRules, over_total, superfluous
 
 __all__ = [
     "Saved",
+    "Vault",
     "begin_filling",
     "check_at_rest",
     "forget_files",
@@ -40,6 +43,19 @@ class Saved:
     stored_bytes: int
     """What the object takes."""
     files: int
+
+
+class Vault(Protocol):
+    """Keeps the files of folders as objects. Raises errors of kind Unavailable while the object store is away."""
+
+    async def save(self, session: Session, key: str, *, since: str | None) -> Saved | None:
+        """Keep the session's workspace under a key. None where nothing has changed since the object `since`."""
+
+    async def restore(self, session: Session, key: str, target: Path) -> None:
+        """Put what was kept into a folder that is not there yet, and give it to the session's owner."""
+
+    async def delete(self, prefix: str) -> None:
+        """Delete every object whose key begins so."""
 
 
 def begin_filling(tx: abc.Transaction, session_id: str, due: str) -> None:
