@@ -30,6 +30,7 @@ from carrel.model import (
     Workspace,
 )
 from carrel.protocol.permissions import PermissionRules
+from carrel.protocol.presets import PRESETS, written_out
 
 MAX_PROMPT_CHARS = 10_000_000
 MAX_METADATA_BYTES = 65_536
@@ -79,6 +80,7 @@ McpServer = Annotated[
                     },
                     "required": ["type", "url"],
                 },
+                {"type": "object", "properties": {"preset": {"enum": list(PRESETS)}}, "required": ["preset"]},
             ]
         }
     ),
@@ -160,15 +162,22 @@ class SessionSpec(Options):
         le=315_360_000,
     )
     ask_remind_seconds: float | None = _applies(
-        "launch", "How often people are told again of what still waits for them. Default: never.", ge=1, le=315_360_000
+        "launch",
+        "How often people are told again of what still waits for them. Default: never.",
+        strict=True,
+        ge=1,
+        le=315_360_000,
     )
     defer_after_seconds: float | None = _applies(
         "launch",
         "How long its process is kept for a call that waits for a person; then it ends, and the answer wakes it.",
+        strict=True,
         ge=0,
         le=315_360_000,
     )
-    mcp_servers: dict[str, McpServer] | None = _applies("launch", "MCP servers by name (stdio, sse, http).")
+    mcp_servers: dict[str, McpServer] | None = _applies(
+        "launch", "MCP servers by name (stdio, sse, http, or a preset)."
+    )
     agents: dict[str, AgentDefinition] | None = _applies("launch", "Sub-agents by name.")
     skills: list[str] | Literal["all"] | None = _applies("launch", "The skills to enable, or `all`.")
     setting_sources: list[Literal["user", "project", "local"]] | None = _applies(
@@ -232,9 +241,14 @@ class SessionSpec(Options):
     @field_validator("mcp_servers")
     @classmethod
     def _are_servers(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-        for name, server in (value or {}).items():
+        servers: dict[str, dict[str, Any]] = {}
+        for name, given in (value or {}).items():
             if name == "carrel":
                 raise ValueError("carrel is the name of Carrel's own server; give another")
+            try:
+                server = servers[name] = written_out(given)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             kind = server.get("type", "stdio")
             needed = "command" if kind == "stdio" else "url"
             if kind not in ("stdio", "sse", "http"):
@@ -246,7 +260,7 @@ class SessionSpec(Options):
                 raise ValueError(f"{name}: args must be a list of texts")
             if not (isinstance(env, dict) and all(isinstance(item, str) for item in env.values())):
                 raise ValueError(f"{name}: env and headers must be texts by their names")
-        return value
+        return None if value is None else servers
 
     @field_validator("agents")
     @classmethod

@@ -618,10 +618,9 @@ class Settings(Group):
     @classmethod
     def _are_servers(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         try:
-            SessionSpec(mcp_servers=value)
+            return SessionSpec(mcp_servers=value).mcp_servers or {}
         except ValidationError as error:  # told in our words: its own show what was given, secrets included
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Settings:
