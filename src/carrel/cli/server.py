@@ -213,6 +213,7 @@ async def _build(
     await secrets.start()
     dialler = Dialler(Judge(settings.egress.private_networks))
     mcp = McpGateway(store, secrets.opened, await _checked_client(dialler, stack))
+    await mcp.start(stack)
     ledger = Ledger(store, seen.metrics.egress)
     proxy = EgressProxy(store, dialler, ledger, _egress_limits(settings))
     await proxy.start(folder.sandbox_side / EGRESS_SOCKET, stack)

@@ -8,8 +8,8 @@ and the protocol's own headers: never the address, the query, or the credential.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -20,6 +20,7 @@ import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from carrel import __version__, abc
 from carrel.errors import (
@@ -31,15 +32,14 @@ from carrel.errors import (
     SecretMissing,
     StoreUnavailable,
 )
+from carrel.mcp_gateway.custom_tools import CustomTools
 from carrel.mcp_gateway.hiding import Hider
-from carrel.protocol.environments import EnvironmentSpec, secrets_in, with_secrets
+from carrel.mcp_gateway.open_secrets import OpenSecrets
+from carrel.protocol.environments import CUSTOM_SERVER, EnvironmentSpec, secrets_in, with_secrets
 
-__all__ = ["McpGateway", "OpenSecrets"]
+__all__ = ["McpGateway"]
 
 log = structlog.get_logger(__name__)
-
-OpenSecrets = Callable[[EnvironmentSpec, Collection[str]], Awaitable[Mapping[str, str]]]
-"""From an environment and names of its secrets to their values. Raises SecretMissing."""
 
 _PASSED_ON = frozenset(["accept", "content-type", "last-event-id", "user-agent"])
 _PASSED_BACK = frozenset(["content-type", "cache-control", "retry-after"])
@@ -93,7 +93,12 @@ class McpGateway:
         self._store = store
         self._open_secrets = open_secrets
         self._client = client
+        self._custom = CustomTools(client, open_secrets)
         self._at_work: Counter[str] = Counter()
+
+    async def start(self, exit_stack: AsyncExitStack) -> None:
+        """Begin to answer; closing is registered with `exit_stack`."""
+        await self._custom.start(exit_stack)
 
     def routes(self) -> list[Route]:
         """What is added to the application that sandboxes talk to."""
@@ -109,7 +114,7 @@ class McpGateway:
 
     # ------------------------------------------------------------------------------------------------- one request
 
-    async def _serve(self, request: Request) -> Response:
+    async def _serve(self, request: Request) -> Response | ASGIApp:
         try:
             found = await self._whose(request)
         except StoreUnavailable as error:
@@ -118,6 +123,8 @@ class McpGateway:
             return _problem(401)
         session_id, spec = found
         name = request.path_params["server"]
+        if name == CUSTOM_SERVER and spec.custom_tools:
+            return self._custom.answering(spec, session_id)
         if name not in spec.gateway_servers:
             return _problem(404)
         if self._at_work[session_id] >= _MOST_AT_ONCE:

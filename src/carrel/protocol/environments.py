@@ -7,6 +7,8 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import to_json
 
@@ -15,9 +17,11 @@ from carrel.model import SECRET_NAME, Budget, Failure, Principal, SandboxTemplat
 from carrel.protocol.spec import EnvName, GivenBudget, NoNul, Options, SessionSpec
 
 __all__ = [
+    "CUSTOM_SERVER",
     "DEFAULT_ENVIRONMENT",
     "ENVIRONMENT_NAME",
     "SECRET_NAME",
+    "CustomTool",
     "Environment",
     "EnvironmentLimits",
     "EnvironmentSpec",
@@ -33,6 +37,8 @@ ENVIRONMENT_NAME: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """What the name of an environment looks like."""
 DEFAULT_ENVIRONMENT: Final = "default"
 """The environment of sessions that name none. Until somebody writes it, it is what the settings say: version 0."""
+CUSTOM_SERVER: Final = "custom"
+"""The name of the MCP server by which agents find the tools that their environment declares."""
 
 _ROLE = r"^(admin|user|user:[A-Za-z0-9_-]{1,64})$"
 _REFERENCE = re.compile(r"\$\{secret:([^}]*)\}")
@@ -77,6 +83,37 @@ class SecretUse(Options):
         return self
 
 
+class CustomTool(Options):
+    """A tool that is an address: the gateway sends it what the agent calls it with, and what it answers is the result."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Agents call it `mcp__custom__NAME`.")
+    description: NoNul = Field(min_length=1, max_length=10_000, description="What it does, for the agent.")
+    input_schema: dict[str, Any] = Field(
+        description="A JSON schema of type `object`: what it takes. A call that does not fit is not sent.",
+        json_schema_extra={"required": ["type"], "properties": {"type": {"const": "object"}}},
+    )
+    url: str = Field(
+        max_length=2000,
+        pattern=r"^(https://|http://(localhost|127\.0\.0\.1)[:/])",
+        description="Where it is; plain http on this host alone, and private addresses as `egress.private_networks` says.",
+    )
+    timeout_seconds: float = Field(default=30.0, strict=True, gt=0, le=600, description="The longest it may take.")
+    signed_with: str | None = Field(
+        default=None, pattern=SECRET_NAME, description="The secret that requests are signed with (Standard Webhooks)."
+    )
+
+    @field_validator("input_schema")
+    @classmethod
+    def _is_a_schema(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            Draft202012Validator.check_schema(value)
+        except SchemaError as error:
+            raise ValueError(f"{error.json_path}: {error.message}"[:500]) from None
+        if value.get("type") != "object":
+            raise ValueError("its type must be object")
+        return value
+
+
 class EnvironmentLimits(Options):
     """How much there may be in an environment. null: what holds without it."""
 
@@ -101,6 +138,9 @@ class EnvironmentSpec(Options):
     sandbox: SandboxTemplate = Field(default=SandboxTemplate(), description="How its sandboxes are made.")
     options: SessionSpec = Field(default=SessionSpec(), description="How its agents are set up, in a session's words.")
     secrets: tuple[SecretUse, ...] = Field(default=(), max_length=100, description="The secrets it uses, by name.")
+    custom_tools: tuple[CustomTool, ...] = Field(
+        default=(), max_length=100, description="Tools of its agents that are addresses of yours."
+    )
     limits: EnvironmentLimits = Field(default=EnvironmentLimits(), description="How much there may be in it.")
     warm_pool: Annotated[int, Field(strict=True, ge=0, le=1000)] = Field(
         default=0, description="How many connected agents are kept ready for sessions to come."
@@ -146,7 +186,16 @@ class EnvironmentSpec(Options):
             for secret in secrets_in(server):
                 if secret not in names:
                     raise ValueError(f"options.mcp_servers.{name}: the secret {secret} is not among secrets")
+        tools = [tool.name for tool in self.custom_tools]
+        if len(set(tools)) != len(tools):
+            raise ValueError("custom_tools: each name is taken once")
+        if tools and CUSTOM_SERVER in (self.options.mcp_servers or {}):
+            raise ValueError(f"options.mcp_servers.{CUSTOM_SERVER}: the name is that of the custom tools")
+        for tool in self.custom_tools:
+            if tool.signed_with is not None and tool.signed_with not in names:
+                raise ValueError(f"custom_tools: the secret {tool.signed_with} is not among secrets")
         headers = secrets_in({name: server["headers"] for name, server in self.gateway_servers.items()})
+        headers += [tool.signed_with for tool in self.custom_tools if tool.signed_with is not None]
         for use in self.secrets:
             if use.expose == "gateway" and use.name not in headers and not use.git_hosts:
                 raise ValueError(
@@ -168,6 +217,11 @@ class EnvironmentSpec(Options):
             for name, server in servers.items()
             if server.get("type") == "http" and secrets_in(server.get("headers"))
         }
+
+    @property
+    def behind_gateway(self) -> list[str]:
+        """The names of all MCP servers that agents reach by the gateway alone."""
+        return [*self.gateway_servers, *([CUSTOM_SERVER] if self.custom_tools else [])]
 
     @property
     def digest(self) -> str:
@@ -193,7 +247,8 @@ class EnvironmentSpec(Options):
                 "env_vars": None if variables is None else dict.fromkeys(variables, _HIDDEN),
             }
         )
-        return self.model_copy(update={"sandbox": sandbox, "options": options})
+        tools = tuple(tool.model_copy(update={"url": _HIDDEN}) for tool in self.custom_tools)
+        return self.model_copy(update={"sandbox": sandbox, "options": options, "custom_tools": tools})
 
 
 class Environment(BaseModel):

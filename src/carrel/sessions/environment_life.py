@@ -9,7 +9,7 @@ from typing import Any
 from carrel import abc
 from carrel.errors import CarrelError, McpServerMissing, McpServerUnreachable
 from carrel.model import Failure, Principal
-from carrel.protocol.environments import Environment, EnvironmentSpec, EnvironmentStatus
+from carrel.protocol.environments import CUSTOM_SERVER, Environment, EnvironmentSpec, EnvironmentStatus
 from carrel.sessions.environments import open_environment
 from carrel.sessions.pool import Pool
 from carrel.sessions.runtimes import Runtimes
@@ -129,6 +129,9 @@ class EnvironmentLife:
         except CarrelError as error:
             problems.append(_told(error))
         servers = dict(self._mcp_servers) | (environment.spec.options.mcp_servers or {})
+        servers |= {
+            f"{CUSTOM_SERVER}.{tool.name}": {"type": "http", "url": tool.url} for tool in environment.spec.custom_tools
+        }
         found = await asyncio.gather(*(self._server(environment, name, server) for name, server in servers.items()))
         for problem in found:
             if problem is not None and problem not in problems:

@@ -325,7 +325,7 @@ class Owner:
             home=str(self._folders.home(session)),
             owner=self._folders.owner(session),
             template=template.model_copy(update={"network": self.network(session, template)}),
-            mcp=bool(environment.spec.gateway_servers),
+            mcp=bool(environment.spec.behind_gateway),
         )
         stored = await self._store.write(lambda tx: steps.launching(tx, spec, runtime.name, self.admission))
         if stored is not steps.Launching.STORED:
@@ -733,8 +733,8 @@ def _removed(tx: abc.Transaction, session_id: str) -> None:
 
 
 def _by_gateway(spec: SessionSpec, environment: EnvironmentSpec) -> SessionSpec:
-    """The same options, with the servers whose headers hold secrets where an agent finds them: at the gateway."""
-    theirs = {name: {"type": "http", "url": f"{GATEWAY_URL}/mcp/{name}"} for name in environment.gateway_servers}
+    """The same options, with the servers that the gateway answers for where an agent finds them."""
+    theirs = {name: {"type": "http", "url": f"{GATEWAY_URL}/mcp/{name}"} for name in environment.behind_gateway}
     return spec.model_copy(update={"mcp_servers": {**(spec.mcp_servers or {}), **theirs}}) if theirs else spec
 
 
