@@ -7,7 +7,9 @@
 """
 
 import asyncio
+import contextlib
 import functools
+import glob
 import inspect
 import os
 import shutil
@@ -16,7 +18,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -229,9 +230,9 @@ class LeakCheck:
                 break
             time.sleep(0.02)  # other people's processes tell nobody of their end
         for pid in processes:
-            with suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-            with suppress(ChildProcessError):
+            with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
         folders = sorted(_folders() - self._folders_before)
         for folder in folders:
@@ -363,7 +364,7 @@ def _describe(pid: int) -> str:
 
 
 class LoopWatch:
-    """Times each callback of the loop. Time that this thread spent waiting for a processor is not held against it,
+    """Times each callback of the loop. Time that the process spent waiting for a processor is not held against it,
     so that a busy machine blames nobody; it is read from the kernel only now and then, because it costs."""
 
     READ_EVERY_SECONDS = 0.2
@@ -391,11 +392,12 @@ class LoopWatch:
 
     @staticmethod
     def _starved_seconds() -> float:
-        try:
-            with open("/proc/thread-self/schedstat", "rb") as file:
-                return int(file.read().split()[1]) / 1e9
-        except (OSError, IndexError):  # a kernel that does not tell
-            return 0.0
+        # Of every thread: who holds the interpreter and waits for a processor keeps the others waiting too.
+        waited = 0
+        for path in glob.glob("/proc/self/task/*/schedstat"):
+            with contextlib.suppress(OSError, IndexError), open(path, "rb") as file:  # or a kernel that does not tell
+                waited += int(file.read().split()[1])
+        return waited / 1e9
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+
 from carrel import abc
 from carrel.errors import (
     EnvironmentFixed,
@@ -142,6 +145,7 @@ def check_environment(
     if spec.runtime is not None and spec.runtime not in runtimes.names:
         raise ValidationFailed(f"runtime: there is no {spec.runtime} on this server, but {', '.join(runtimes.names)}")
     runtimes.named(spec.runtime).check(spec.sandbox)
+    _check_schemas(spec)
     for folder in spec.sandbox.plugins or ():
         if "\0" in folder or not Path(folder, ".claude-plugin", "plugin.json").is_file():
             raise ValidationFailed(f"sandbox.plugins: {folder!r} is no folder with a .claude-plugin/plugin.json")
@@ -153,6 +157,16 @@ def check_environment(
     budget = spec.limits.session_budget
     if budget is not None and not budget.unlimited and not metered:
         raise ValidationFailed("limits.session_budget: none can hold, since agents ask the model's provider themselves")
+
+
+def _check_schemas(spec: EnvironmentSpec) -> None:
+    for tool in spec.custom_tools:
+        try:
+            Draft202012Validator.check_schema(tool.input_schema)
+        except SchemaError as error:
+            raise ValidationFailed(
+                f"custom_tools.{tool.name}.input_schema: {error.json_path}: {error.message}"[:500]
+            ) from None
 
 
 def check_running(tx: abc.Transaction, name: str) -> None:

@@ -40,7 +40,6 @@ def test_who_is_no_admin_is_not_shown_where_they_are() -> None:
         ([TOOL | {"url": "http://localhost.example/price"}], {}, "url"),
         ([TOOL | {"url": "file:///etc/passwd"}], {}, "url"),
         ([TOOL | {"input_schema": {"type": "array"}}], {}, "its type must be object"),
-        ([TOOL | {"input_schema": {"type": "objekt"}}], {}, "$.type: 'objekt' is not valid"),
         ([TOOL | {"timeout_seconds": 601}], {}, "timeout_seconds"),
         ([TOOL | {"name": "a b"}], {}, "name"),
     ],

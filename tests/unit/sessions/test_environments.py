@@ -231,6 +231,14 @@ async def test_limits_are_held(gateway: FakeGateway) -> None:
     assert (await gateway.service.update(ALICE, one.id, UpdateSession(budget=None))).budget == Budget(max_usd=2)
 
 
+NO_SCHEMA = {
+    "name": "price",
+    "description": "What an article costs.",
+    "input_schema": {"type": "object", "properties": 5},
+    "url": "https://shop.example/price",
+}
+
+
 async def test_what_this_server_cannot_give_is_refused(open_gateway: OpenGateway) -> None:
     gateway = await open_gateway(service_options=ServiceOptions(allow_bypass=False, metered=False))
     for wrong, told in (
@@ -238,6 +246,7 @@ async def test_what_this_server_cannot_give_is_refused(open_gateway: OpenGateway
         ({"options": {"permission_mode": "bypassPermissions"}}, "permission_mode"),
         ({"limits": {"session_budget": {"max_usd": 1}}}, "session_budget"),
         ({"secrets": [{"name": "TOKEN", "expose": "env"}]}, "no secret TOKEN"),
+        ({"custom_tools": [NO_SCHEMA]}, r"price.input_schema: \$.properties: 5 is not of type 'object'"),
     ):
         with pytest.raises(ValidationFailed, match=told):
             await gateway.environments.put(ADMIN, "dev", spec(**wrong))
