@@ -43,24 +43,25 @@ class Interactions:
         cursor: str | None,
         limit: int,
     ) -> abc.Page[Interaction]:
-        """Those the caller may see, oldest first.
+        """Those the caller may see, oldest first; of a session without parent, those of all below it too.
 
         Raises:
             SessionNotFound: there is no such session for the caller.
             InvalidCursor: it is none of ours.
         """
         session_id = session_id or principal.session_id
-        which = abc.InteractionFilter(
-            owner=None if principal.is_admin or session_id is not None else principal.user,
-            session_id=session_id,
-            status=status,
-        )
 
         def work(tx: abc.Transaction) -> abc.Page[Interaction]:
-            if session_id is not None:
-                session = tx.sessions.get(session_id)
-                if session is None or not principal.may_see(session):
-                    raise SessionNotFound
+            if session_id is None:
+                which = abc.InteractionFilter(owner=None if principal.is_admin else principal.user, status=status)
+                return tx.interactions.page(which, cursor=cursor, limit=limit)
+            session = tx.sessions.get(session_id)
+            if session is None or not principal.may_see(session):
+                raise SessionNotFound
+            root = session.parent_id is None
+            which = abc.InteractionFilter(
+                session_id=None if root else session_id, tree=session_id if root else None, status=status
+            )
             return tx.interactions.page(which, cursor=cursor, limit=limit)
 
         return await self._store.read(work)

@@ -16,9 +16,22 @@ from carrel.errors import (
     TooDeep,
     WiderThanParent,
 )
-from carrel.model import ADMIN, NetworkPolicy, Principal, Scope, Session, SessionStatus, Usage, new_id, utc_now
+from carrel.model import (
+    ADMIN,
+    InteractionKind,
+    NetworkPolicy,
+    Principal,
+    Scope,
+    Session,
+    SessionStatus,
+    Usage,
+    new_id,
+    utc_now,
+)
 from carrel.protocol.environments import EnvironmentSpec
+from carrel.protocol.link import Ask
 from carrel.protocol.spec import CreateChild, CreateTurn, UpdateSession
+from carrel.sessions.asking import interaction_of
 from carrel.sessions.service import Mark, ServiceOptions
 from carrel.sessions.steps import mark_deleted
 from carrel.sessions.trees import TreeLimits
@@ -464,3 +477,29 @@ async def test_a_tree_is_one_stream_that_goes_on_from_any_of_its_cursors(gateway
         after = page[-1].cursor
     everything = [len(await gateway.log(each.id)) for each in (root, first, second)]
     assert len(pages) == sum(everything)
+
+
+async def test_what_a_child_asks_is_shown_at_the_root_and_on_the_child(gateway: FakeGateway) -> None:
+    root = await gateway.create()
+    child, sibling = await begin(gateway, root), await begin(gateway, root)
+    frame = Ask(
+        n=1,
+        interaction_id=new_id(),
+        turn_id=new_id(),
+        at=utc_now(),
+        about=InteractionKind.PERMISSION,
+        tool="Bash",
+        input={"command": "ls"},
+        reason="no rule allows it",
+    )
+    asked = interaction_of(child, frame)
+    await gateway.store.write(lambda tx: tx.interactions.add(asked))
+    shown = {
+        session.id: [each.id for each in (await asked_of(gateway, session)).items] for session in (root, child, sibling)
+    }
+    assert shown == {root.id: [asked.id], child.id: [asked.id], sibling.id: []}
+    assert asked.root_session_id == root.id
+
+
+async def asked_of(gateway: FakeGateway, session: Session) -> Any:
+    return await gateway.interactions.page(ALICE, session_id=session.id, cursor=None, limit=9)
