@@ -27,6 +27,7 @@ from carrel.api.routes import (
     metrics,
     models,
     network,
+    permissions,
     query,
     secrets,
     sessions,
@@ -81,6 +82,7 @@ def create_app(services: Services) -> FastAPI:
         usage.router,
         workspaces.router,
         interactions.router,
+        permissions.router,
         environments.router,
         secrets.router,
     ):

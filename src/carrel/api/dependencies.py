@@ -22,6 +22,7 @@ from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
+from carrel.sessions.rules import Rules
 from carrel.sessions.secrets import Secrets
 from carrel.sessions.service import SessionService
 from carrel.sessions.snapshots import Snapshots
@@ -37,6 +38,7 @@ class Services:
     sessions: SessionService
     workspaces: NamedWorkspaces
     interactions: Interactions
+    rules: Rules
     environments: Environments
     snapshots: Snapshots
     artifacts: Artifacts

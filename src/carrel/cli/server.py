@@ -58,6 +58,7 @@ from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.pool import Pool, Recipes
 from carrel.sessions.reconciler import Reconciler
+from carrel.sessions.rules import Rules
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.secrets import Keyring, Secrets
@@ -331,7 +332,8 @@ async def _build(
         store=store,
         sessions=service,
         workspaces=workspaces,
-        interactions=Interactions(store, hub),
+        interactions=Interactions(store, hub, owner, check_mode=service.check_mode),
+        rules=Rules(store, owner),
         secrets=secrets,
         snapshots=Snapshots(store, keeper, scheduler),
         artifacts=Artifacts(

@@ -173,7 +173,7 @@ class SessionService:
         """
         if principal.session_id is not None:
             raise BoundToSession
-        self._check_mode(_with_defaults(body.spec(), self._options.defaults).permission_mode)
+        self.check_mode(_with_defaults(body.spec(), self._options.defaults).permission_mode)
         self._check_budget(body.budget)
         if body.ttl_seconds is None:
             body = body.model_copy(update={"ttl_seconds": self._options.default_ttl_seconds})
@@ -251,7 +251,7 @@ class SessionService:
         """Change what is given. Some options reach the running agent, the others its next start."""
         given = body.model_fields_set
         options = given & set(SessionSpec.model_fields)
-        self._check_mode(body.permission_mode)
+        self.check_mode(body.permission_mode)
         self._check_budget(body.budget)
 
         def work(tx: abc.Transaction) -> Session:
@@ -712,7 +712,8 @@ class SessionService:
         if own.network is not None and not own.network.within(most):
             raise EnvironmentForbids(f"network: a session may narrow what it is given, and this is more than {most}.")
 
-    def _check_mode(self, mode: PermissionMode | None) -> None:
+    def check_mode(self, mode: PermissionMode | None) -> None:
+        """Raise Forbidden where sessions may not have this mode here."""
         if mode is PermissionMode.BYPASS and not self._options.allow_bypass:
             raise Forbidden(
                 "bypassPermissions is refused where sandboxes are not isolated. Use another permission_mode, or have "

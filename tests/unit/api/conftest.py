@@ -66,6 +66,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 sessions=gateway.service,
                 workspaces=gateway.workspaces,
                 interactions=gateway.interactions,
+                rules=gateway.rules,
                 environments=gateway.environments,
                 snapshots=gateway.snapshots,
                 artifacts=gateway.artifacts,
