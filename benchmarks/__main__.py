@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import create, deltas, fanout, first_token, memory, pool, report, snapshots, store
+from benchmarks import create, deltas, fanout, first_token, memory, pool, report, snapshots, store, waiting
 from benchmarks.figures import Figure
 from benchmarks.harness import RESULTS, Bench, machine
 
@@ -23,6 +23,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Awaitable[list[Figure]]]] = {
     **fanout.MEASUREMENTS,
     **store.MEASUREMENTS,
     **snapshots.MEASUREMENTS,
+    **waiting.MEASUREMENTS,
 }
 ON_REQUEST = pool.CONTAINERS
 """What a machine may lack the parts for."""

@@ -114,6 +114,7 @@ GOALS: dict[str, Goal] = {
     "memory.gateway_1000_idle": _at_most(120, "MB"),
     "memory.gateway_cpu": _at_most(1, "%"),
     "listing.10000": _p95_below(50),
+    "waiting.page": _p95_below(50),
     "fanout.burst_100": _at_least(30_000, "/s"),
     "fanout.burst_1000": _at_least(30_000, "/s"),
     "fanout.third_100": _p99_below(50),

@@ -28,6 +28,8 @@ from carrel.model import (
     Interaction,
     InteractionStatus,
     NamedWorkspace,
+    PermissionRule,
+    RuleScope,
     Sandbox,
     SandboxTemplate,
     Session,
@@ -69,6 +71,8 @@ __all__ = [
     "Page",
     "PoolRows",
     "Reservation",
+    "RuleFilter",
+    "RuleRows",
     "Runtime",
     "SandboxRows",
     "SandboxUsage",
@@ -654,6 +658,43 @@ class InteractionRows(ABC):
         """All of a session's that wait, or whose answer no agent has acted on, oldest first; none that is withdrawn."""
 
 
+@dataclass(frozen=True)
+class RuleFilter:
+    """Which rules a list shows; None: all."""
+
+    owner: str | None = None
+    scope: RuleScope | None = None
+    target: str | None = None
+
+
+class RuleRows(ABC):
+    """Rules about calls of tools that people have written."""
+
+    @abstractmethod
+    def add(self, rule: PermissionRule) -> None:
+        """Store a new one."""
+
+    @abstractmethod
+    def get(self, rule_id: str) -> PermissionRule | None:
+        """The rule, or None."""
+
+    @abstractmethod
+    def remove(self, rule_id: str) -> None:
+        """Delete it; nothing happens where it is not there."""
+
+    @abstractmethod
+    def forget(self, scope: RuleScope, target: str) -> None:
+        """Delete all that hold for something that is gone."""
+
+    @abstractmethod
+    def holding(self, targets: Sequence[tuple[RuleScope, str]]) -> Sequence[PermissionRule]:
+        """All that hold for any of these, oldest first."""
+
+    @abstractmethod
+    def page(self, which: RuleFilter, *, cursor: str | None, limit: int) -> Page[PermissionRule]:
+        """Oldest first. Raises InvalidCursor."""
+
+
 class SandboxRows(ABC):
     """Sandboxes."""
 
@@ -1023,6 +1064,7 @@ class Transaction(ABC):
     events: EventRows
     transcripts: TranscriptRows
     interactions: InteractionRows
+    rules: RuleRows
     sandboxes: SandboxRows
     usage: UsageRows
     idempotency: IdempotencyRows

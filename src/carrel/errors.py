@@ -21,6 +21,7 @@
     │   ├── SessionNotFound             404
     │   ├── TurnNotFound                404
     │   ├── InteractionNotFound         404
+    │   ├── RuleNotFound                404
     │   ├── FileNotFound                404
     │   ├── WorkspaceNotFound           404
     │   ├── SnapshotNotFound            404
@@ -271,6 +272,10 @@ class TurnNotFound(NotFound):
 
 class InteractionNotFound(NotFound):
     """There is no interaction with this id."""
+
+
+class RuleNotFound(NotFound):
+    """There is no such rule about calls of tools."""
 
 
 class FileNotFound(NotFound):

@@ -697,6 +697,29 @@ class Interaction(Frozen):
         return self
 
 
+class RuleScope(StrEnum):
+    """What a rule about calls of tools holds for."""
+
+    SESSION = "session"
+    WORKSPACE = "workspace"
+    USER = "user"
+    ENVIRONMENT = "environment"
+
+
+class PermissionRule(Frozen):
+    """A rule about calls of tools that was written by itself, or by a person's answer; it can be revoked."""
+
+    id: str
+    owner: str | None = Field(exclude=True, description="The user whose it is; None: an admin's to change.")
+    scope: RuleScope = Field(description="What it holds for: `target` is the id of such a thing, or its name.")
+    target: str
+    effect: Literal["allow", "ask", "deny"]
+    rule: str = Field(description="In Claude Code's syntax, such as `Bash(git push *)`.")
+    interaction_id: str | None = Field(default=None, description="The interaction whose answer has written it.")
+    created_by: str
+    created_at: datetime
+
+
 class Sandbox(Frozen):
     """Where one session's agent lives."""
 

@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
+from websockets.asyncio.client import connect
 
-from carrel.errors import Forbidden
+from carrel.errors import Forbidden, InteractionNotFound
 from carrel.model import Principal, Scope
 
 pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap")]
@@ -171,6 +172,59 @@ async def test_prompts_queue_behind_it(api):
     assert (await ended(api, session, later))["text"] == "later"
 
 
+async def test_whoever_attaches_is_told_first_what_waits(api):
+    session = await api.session(**ASKED)
+    await api.send(session, APPEND)
+    (asked,) = await pending(api, session)
+    last = (await api.ask("GET", f"/sessions/{session}"))["last_seq"]
+    async with api.stream("GET", f"/sessions/{session}/events", params={"after": last}) as told:
+        first = await anext(told)
+        assert (first["event"], first["data"]["interaction"], "id" in first) == ("interaction.pending", asked, False)
+        await reply(api, asked, decision="deny")
+        assert (await anext(told))["event"] == "interaction.resolved"
+    url = api.server.url.replace("http", "ws") + f"/api/v1/sessions/{session}/stream?after={last}&deltas=false"
+    await api.until_status(session, "ready")
+    await api.send(session, APPEND)
+    (again,) = await pending(api, session)
+    async with connect(url, additional_headers={"Authorization": f"Bearer {api.server.key}"}) as socket:
+        first = json.loads(await asyncio.wait_for(socket.recv(), 20))
+        assert first == {"type": "interaction.pending", "interaction": again}
+    other = Principal.of_user("bob")
+    with pytest.raises(InteractionNotFound):
+        await api.server.services.interactions.answer(other, again["id"], allow=True)
+    key = (await api.ask("POST", "/keys", 201, json={"user": "bob"}))["key"]
+    refused = await api.http.post(
+        f"/interactions/{again['id']}/answer",
+        json={"decision": "allow"},
+        headers={"Authorization": f"Bearer {key}"},
+    )
+    assert refused.status_code == 404
+
+    async def on_record():
+        found = (await api.ask("GET", "/audit", params={"action": "interaction.answer", "user": "bob"}))["data"]
+        return [(each["outcome"], each["object_id"]) for each in found]
+
+    assert await api.until("it is on record", on_record) == [(404, again["id"])]
+    changed = await reply(api, again, 409, decision="allow", input_digest="0" * 64)
+    assert changed["code"] == "interaction_changed"
+    await reply(api, again, decision="deny", input_digest=again["input_digest"])
+
+
+async def test_people_are_reminded_and_it_goes_on_waiting(api):
+    session = await api.session(**ASKED, ask_remind_seconds=1)
+    await api.send(session, APPEND)
+    (asked,) = await pending(api, session)
+
+    async def twice():
+        reminded = [event for event in await api.events(session) if event["type"] == "interaction.reminded"]
+        return reminded if len(reminded) >= 2 else None
+
+    reminded = await api.until("it reminds", twice)
+    assert {event["data"]["interaction_id"] for event in reminded} == {asked["id"]}
+    assert (await api.ask("GET", f"/interactions/{asked['id']}"))["status"] == "pending"
+    await reply(api, asked, decision="deny")
+
+
 async def test_a_question(api):
     question = {
         "question": "Which colour?",
@@ -200,7 +254,10 @@ async def test_what_an_answer_may_not_be(api):
         {"decision": "perhaps"},
         {"decision": "deny", "updated_input": {}},
         {"decision": "allow", "answers": {"a": "b"}},
+        {"decision": "allow", "remember": "for ever"},
         {"decision": "allow", "remember": "session"},
+        {"decision": "allow", "permission_mode": "plan"},
+        {"decision": "allow", "input_digest": "x"},
     ):
         await reply(api, asked, 422, **body)
     await api.ask("GET", "/interactions/nothing", 404)

@@ -45,6 +45,8 @@ WITHOUT_OBJECT: dict[str, tuple[Any, int]] = {
     "GET /usage/budgets": (None, 200),
     "GET /workspaces": (None, 200),
     "GET /interactions": (None, 200),
+    "GET /permissions/rules": (None, 200),
+    "POST /permissions/rules": ({"scope": "session", "target": "SESSION", "effect": "allow", "rule": "Bash"}, 404),
     "GET /environments": (None, 200),
     "POST /workspaces": ({"name": "NEW"}, 201),
     "POST /keys": ({"user": "USER"}, 403),
@@ -79,6 +81,7 @@ BODIES: dict[str, Any] = {
     "POST /sessions/{session_id}/interrupt": {"prompt": "Hello"},
     "PATCH /workspaces/{workspace_id}": {"quota_mb": 1},
     "POST /interactions/{interaction_id}/answer": {"decision": "allow"},
+    "POST /sessions/{session_id}/permissions/check": {"tool": "Bash", "input": {"command": "ls"}},
 }
 SPOOFED = {
     "X-Forwarded-User": "alice",
@@ -167,6 +170,7 @@ class House:
             "/keys",
             "/workspaces",
             "/interactions",
+            "/permissions/rules",
             "/environments",
             f"{session}/artifacts",
         ):
@@ -206,6 +210,8 @@ async def house(start: Any) -> Any:
             created_at=utc_now(),
         )
         await api.server.services.store.write(lambda tx: tx.interactions.add(asked))
+        rule = {"scope": "user", "effect": "deny", "rule": f"Bash({MARK})"}
+        written = await api.ask("POST", "/permissions/rules", 201, json=rule, headers=as_alice)
         environment = {"description": MARK, "allowed_roles": ["user:alice"]}
         await api.ask("PUT", "/environments/alices", 201, json=environment)
         kept = await api.ask("POST", f"/sessions/{session}/snapshots", 201, headers=as_alice)
@@ -220,6 +226,7 @@ async def house(start: Any) -> Any:
             "artifact_id": published["id"],
             "workspace_id": shop["id"],
             "interaction_id": asked.id,
+            "rule_id": written["id"],
             "path": "a.txt",
             "key_id": made["id"],
             "user_id": "alice",

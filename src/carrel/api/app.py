@@ -28,6 +28,7 @@ from carrel.api.routes import (
     metrics,
     models,
     network,
+    permissions,
     query,
     secrets,
     sessions,
@@ -83,6 +84,7 @@ def create_app(services: Services) -> FastAPI:
         workspaces.router,
         interactions.router,
         children.router,
+        permissions.router,
         environments.router,
         secrets.router,
     ):

@@ -23,6 +23,7 @@ from carrel.sessions.environment_life import EnvironmentLife
 from carrel.sessions.environments import Environments
 from carrel.sessions.history import History
 from carrel.sessions.interactions import Interactions
+from carrel.sessions.rules import Rules
 from carrel.sessions.secrets import Secrets
 from carrel.sessions.service import SessionService
 from carrel.sessions.snapshots import Snapshots
@@ -42,6 +43,7 @@ class Services:
     interactions: Interactions
     children: Children
     trees: TreeStreams
+    rules: Rules
     environments: Environments
     snapshots: Snapshots
     artifacts: Artifacts

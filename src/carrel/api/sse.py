@@ -24,13 +24,18 @@ def wanted(request: Request) -> bool:
     return "text/event-stream" in request.headers.get("accept", "")
 
 
-def response(batches: AsyncIterator[Sequence[Frame]], *, headers: dict[str, str] | None = None) -> StreamingResponse:
-    """A stream of the frames; an empty batch becomes a heartbeat."""
-    return StreamingResponse(_encode(batches), media_type="text/event-stream", headers=HEADERS | (headers or {}))
+def response(
+    batches: AsyncIterator[Sequence[Frame]],
+    *,
+    first: Sequence[Frame] = (),
+    headers: dict[str, str] | None = None,
+) -> StreamingResponse:
+    """A stream of the frames, behind those that are told first; an empty batch becomes a heartbeat."""
+    return StreamingResponse(_encode(batches, first), media_type="text/event-stream", headers=HEADERS | (headers or {}))
 
 
-async def _encode(batches: AsyncIterator[Sequence[Frame]]) -> AsyncIterator[bytes]:
+async def _encode(batches: AsyncIterator[Sequence[Frame]], first: Sequence[Frame]) -> AsyncIterator[bytes]:
     # Said at once, so that the client knows it is connected before anything happens.
-    yield HEARTBEAT
+    yield HEARTBEAT + b"".join([each.sse() for each in first])
     async for batch in batches:
         yield b"".join([frame.sse() for frame in batch]) if batch else HEARTBEAT

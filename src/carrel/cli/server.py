@@ -62,6 +62,7 @@ from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.pool import Pool, Recipes
 from carrel.sessions.reconciler import Reconciler
+from carrel.sessions.rules import Rules
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.secrets import Keyring, Secrets
@@ -359,7 +360,7 @@ async def _build(
         run_blocking=asyncio.to_thread,
         allowances=allowances,
     )
-    interactions = Interactions(store, hub)
+    interactions = Interactions(store, hub, owner, check_mode=service.check_mode)
     tools = ToolServer(inside=inside(store, service, children), outside=outside(service, children, interactions))
     await tools.start(stack)
     by_token = functools.partial(authenticator.authenticate, accept=frozenset({"sandbox"}))
@@ -373,6 +374,7 @@ async def _build(
         children=children,
         tools=tools,
         trees=TreeStreams(store, streams),
+        rules=Rules(store, owner),
         secrets=secrets,
         snapshots=Snapshots(store, keeper, scheduler),
         artifacts=Artifacts(

@@ -84,6 +84,8 @@ class Stream:
         """What is new in a chunk; events that were seen before are left out."""
         self._patience.renew()
         for message in self._decoder.feed(chunk):
+            if message.event == "interaction.pending":
+                continue  # what waits for a person is told beside the log; GET /interactions has it too
             value = from_json(message.data)
             yield from self._delta(value) if message.event == "delta" else self._event(value)
             if self.over:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from pydantic_core import from_json, to_json
 
-from carrel.model import Failure, Frozen, SessionStatus, StopReason, TurnOrigin, TurnStatus, Usage
+from carrel.model import Failure, Frozen, Interaction, SessionStatus, StopReason, TurnOrigin, TurnStatus, Usage
 
 
 class EventData(Frozen):
@@ -378,6 +378,23 @@ class StoredEvent:
 
     def __repr__(self) -> str:
         return f"<{self.seq} {self.type} {self.raw_data[:80]}>"
+
+
+class PendingInteraction:
+    """Something that waits for a person, as whoever attaches to its session is told first. It is no event: no `seq`."""
+
+    __slots__ = ("_interaction",)
+
+    def __init__(self, interaction: Interaction) -> None:
+        self._interaction = interaction
+
+    def json(self) -> bytes:
+        """It as one JSON object: type `interaction.pending`, interaction."""
+        return to_json({"type": "interaction.pending", "interaction": self._interaction})
+
+    def sse(self) -> bytes:
+        """It as a frame of a server-sent event stream, without an id."""
+        return b"event: interaction.pending\ndata: %s\n\n" % self.json()
 
 
 class DeltaKind(StrEnum):

@@ -16,6 +16,7 @@ from pydantic_core import to_json
 
 from carrel.model import Failure, Frozen, InteractionKind, PermissionMode, StopReason, TurnStatus
 from carrel.protocol.events import NewEvent
+from carrel.protocol.permissions import PermissionRules
 from carrel.protocol.spec import SessionSpec
 
 PROTOCOL_VERSION = 1
@@ -303,6 +304,14 @@ class SetPermissionMode(Frozen):
     mode: str
 
 
+class SetPermissionRules(Frozen):
+    """Other rules about calls of tools from here on."""
+
+    kind: Literal["set_permission_rules"] = "set_permission_rules"
+    id: str
+    rules: PermissionRules
+
+
 class Transcript(Frozen):
     """The lines the runner asked for, in several frames; the last one says so."""
 
@@ -334,7 +343,7 @@ class Refused(Frozen):
     reason: str
 
 
-Command = Bind | StartTurn | Interrupt | Answer | SetModel | SetPermissionMode | Shutdown
+Command = Bind | StartTurn | Interrupt | Answer | SetModel | SetPermissionMode | SetPermissionRules | Shutdown
 GatewayFrame = Command | Transcript | Ack | Refused
 GATEWAY_FRAME: TypeAdapter[GatewayFrame] = TypeAdapter(Annotated[GatewayFrame, Field(discriminator="kind")])
 

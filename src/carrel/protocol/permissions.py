@@ -114,6 +114,8 @@ def _by_mode(mode: PermissionMode, call: _Call) -> Verdict | None:
         return Verdict(Decision.ASK, "it is for a person to answer")
     if call.only_reads():
         return Verdict(Decision.ALLOW, "it changes nothing")
+    if mode is PermissionMode.PLAN and call.writes_plan():
+        return Verdict(Decision.ALLOW, "it is the plan itself")
     if mode is PermissionMode.PLAN:
         return Verdict(Decision.DENY, "the mode plan: nothing is changed before the plan is approved")
     if mode is PermissionMode.ACCEPT_EDITS and call.edits_workspace():
@@ -204,6 +206,14 @@ class _Call:
             parts = _parts(str(self.given.get("command", "")))
             return bool(parts) and all(self._part_reads(part) or self._part_edits(part) for part in parts)
         return self.tool in _EDITING and (path := self.path()) is not None and self._is_ordinary(path)
+
+    def writes_plan(self) -> bool:
+        """It writes down the plan, where Claude Code has the agent do that."""
+        path = self.path() if self.tool in _EDITING else None
+        return (
+            path is not None
+            and re.fullmatch(re.escape(self.place.home) + r"/\.claude/plans/[\w.-]+\.md", path) is not None
+        )
 
     def path(self) -> str | None:
         """The file it is about, absolute and without dots; None where it names none."""

@@ -158,6 +158,7 @@ class Agent:
         self._asking = Asking(send=send, stored=stored, at_work=lambda: bool(self._tasks))
         self._connected = asyncio.Event()
         self._gave_way = asyncio.Event()
+        self._approves_plan = False
         self._said = _Said()
         self._mode = PermissionMode.DEFAULT
         self._rules = PermissionRules()
@@ -252,10 +253,11 @@ class Agent:
         """Whether the agent will go on with a call that has been answered since; if not, it is to take none up."""
         if bind.agent_session_id is None:
             return False
-        call = self._transcripts.held_call(bind.agent_session_id)
+        call, tool = self._transcripts.held_call(bind.agent_session_id) or (None, None)
         if bind.resume_turn is None or call is None or not self._asking.resumes(call):
             self._transcripts.take_back(bind.agent_session_id)
             return False
+        self._approves_plan = tool == "ExitPlanMode"
         line = self._transcripts.put_off(bind.agent_session_id, call)
         if line is not None:
             self._send(
@@ -307,7 +309,8 @@ class Agent:
             cwd=None,
             env=env,
             system_prompt=system_prompt,
-            permission_mode=bind.permission_mode,  # type: ignore[arg-type]
+            # A plan can be left in the mode plan alone, whatever the answer has made the session's mode meanwhile.
+            permission_mode=PermissionMode.PLAN if self._approves_plan else bind.permission_mode,  # type: ignore[arg-type]
             allowed_tools=spec.allowed_tools or [],
             disallowed_tools=spec.disallowed_tools or [],
             mcp_servers={**(spec.mcp_servers or {}), **self._own_servers(bind)},  # type: ignore[dict-item]
@@ -443,7 +446,10 @@ class Agent:
             return _decided("deny", _why(changed))
         if ruling.permission_mode is not None:
             self._mode = ruling.permission_mode
-        return _decided("allow", "A person has allowed this call.", updated_input=ruling.input)
+        shown = ruling.input
+        if shown is None and call.about is InteractionKind.PLAN:
+            shown = call.input  # without one Claude Code would ask for this tool once more, where nobody is
+        return _decided("allow", "A person has allowed this call.", updated_input=shown)
 
     @property
     def asked(self) -> list[str]:
@@ -464,6 +470,10 @@ class Agent:
         self._mode = PermissionMode(mode)
         if self._client is not None:
             await self._client.set_permission_mode(mode)  # type: ignore[arg-type]
+
+    def set_permission_rules(self, rules: PermissionRules) -> None:
+        """Go by these rules from here on."""
+        self._rules = rules
 
     # ------------------------------------------------------------------------------------------------- what it says
 

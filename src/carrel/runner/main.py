@@ -26,6 +26,7 @@ from carrel.protocol.link import (
     OpenBlock,
     SetModel,
     SetPermissionMode,
+    SetPermissionRules,
     Shutdown,
     StartTurn,
     Transcript,
@@ -153,6 +154,8 @@ class Runner:
             case SetPermissionMode():
                 self._permission_mode = command.mode
                 await self._agent.set_permission_mode(command.mode)
+            case SetPermissionRules():
+                self._agent.set_permission_rules(command.rules)
 
     # ------------------------------------------------------------------------------------------------------ the agent
 

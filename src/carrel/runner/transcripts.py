@@ -78,8 +78,8 @@ class Transcripts:
         """Whether a message with this uuid stands in the main transcript."""
         return any(entry.get("uuid") == message for entry in self._entries(agent_session_id))
 
-    def held_call(self, agent_session_id: str) -> str | None:
-        """The id of the call that the conversation stands at: the one of its last message, without a result."""
+    def held_call(self, agent_session_id: str) -> tuple[str, str] | None:
+        """The call that the conversation stands at, the one of its last message, without a result: its id and tool."""
         entries = self._entries(agent_session_id)
         last = next((_message(each) for each in reversed(entries) if each.get("type") == "assistant"), {})
         same = [
@@ -90,7 +90,9 @@ class Transcripts:
             return None
         found = str(calls[0]["id"])
         results = (block for each in entries if each.get("type") == "user" for block in _blocks(each))
-        return None if any(block.get("tool_use_id") == found for block in results) else found
+        if any(block.get("tool_use_id") == found for block in results):
+            return None
+        return found, str(calls[0].get("name"))
 
     def over(self, agent_session_id: str) -> bool:
         """Whether the conversation stands at the end of a turn."""

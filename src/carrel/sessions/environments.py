@@ -20,7 +20,7 @@ from carrel.errors import (
     SessionLimitReached,
     ValidationFailed,
 )
-from carrel.model import Budget, PermissionMode, Principal, Session, utc_now
+from carrel.model import Budget, PermissionMode, Principal, RuleScope, Session, utc_now
 from carrel.protocol.environments import DEFAULT_ENVIRONMENT, Environment, EnvironmentSpec, smaller_budget
 from carrel.sessions.runtimes import Runtimes
 
@@ -122,6 +122,7 @@ class Environments:
             sessions = tx.environments.sessions(name)
             if sessions:
                 raise EnvironmentInUse(sessions=sessions)
+            tx.rules.forget(RuleScope.ENVIRONMENT, name)
             tx.environments.remove(name)
 
         await self._store.write(work)

@@ -63,6 +63,7 @@ from carrel.protocol.link import (
     TurnEnded,
     WantTranscript,
 )
+from carrel.protocol.permissions import PermissionRules
 from carrel.sessions import transitions
 from carrel.sessions.asking import answer_frame, interaction_of
 from carrel.sessions.live import Live
@@ -112,6 +113,8 @@ class Link:
         self.background_tasks = hello.background_tasks
         self.live_options = (hello.model, hello.permission_mode)
         """The model and the permission mode that the agent was last told to use."""
+        self.rules: PermissionRules | None = None
+        """The rules that it was last told; None: nobody knows."""
         self.up_to_date = not hello.bound
         """Whether these are known to be what the session asks for: of one that is back, nobody knows at first."""
         self.asks = hello.pending_asks
@@ -174,6 +177,10 @@ class Hub:
     def link(self, sandbox_id: str) -> Link | None:
         """The sandbox's link, if it is connected now."""
         return self._links.get(sandbox_id)
+
+    def sessions(self) -> list[str]:
+        """The ids of the sessions whose runners are connected."""
+        return list(self._by_session)
 
     def __len__(self) -> int:
         return len(self._links)

@@ -6,6 +6,7 @@ after a while asks again by the interaction's id, and finds the answer in the ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from carrel import abc
@@ -19,20 +20,48 @@ from carrel.errors import (
     ValidationFailed,
 )
 from carrel.killpoints import reached
-from carrel.model import Interaction, InteractionKind, InteractionStatus, Principal, StopReason, utc_now
+from carrel.model import (
+    Interaction,
+    InteractionKind,
+    InteractionStatus,
+    PermissionMode,
+    Principal,
+    RuleScope,
+    StopReason,
+    utc_now,
+)
+from carrel.protocol.events import PendingInteraction, SessionUpdated
+from carrel.protocol.spec import SessionSpec
 from carrel.sessions import transitions
+from carrel.sessions.environments import environment_of
 from carrel.sessions.hub import Hub
+from carrel.sessions.narrowing import check_options
+from carrel.sessions.owner import Owner
+from carrel.sessions.rules import remembered
 
 __all__ = ["Interactions"]
+
+_FIRST_TOLD = 100
 
 
 class Interactions:
     """Interactions, for callers."""
 
-    def __init__(self, store: abc.Store, hub: Hub) -> None:
-        """Make it over the rows and the runners that are connected."""
+    def __init__(
+        self, store: abc.Store, hub: Hub, owner: Owner, *, check_mode: Callable[[PermissionMode | None], None]
+    ) -> None:
+        """Make it over the rows and the runners that are connected.
+
+        Args:
+            store: the rows.
+            hub: who is told of answers.
+            owner: who tells agents of rules.
+            check_mode: raises Forbidden for a permission mode that is not allowed here.
+        """
         self._store = store
         self._hub = hub
+        self._owner = owner
+        self._check_mode = check_mode
 
     async def page(
         self,
@@ -66,6 +95,12 @@ class Interactions:
 
         return await self._store.read(work)
 
+    async def first_told(self, principal: Principal, session_id: str) -> list[PendingInteraction]:
+        """What whoever attaches to the session is told first. Raises SessionNotFound."""
+        waiting = InteractionStatus.PENDING
+        page = await self.page(principal, session_id=session_id, status=waiting, cursor=None, limit=_FIRST_TOLD)
+        return [PendingInteraction(each) for each in page.items]
+
     async def get(self, principal: Principal, interaction_id: str) -> Interaction:
         """One of them. Raises InteractionNotFound."""
         return await self._store.read(lambda tx: _interaction(tx, principal, interaction_id))
@@ -81,6 +116,8 @@ class Interactions:
         message: str | None = None,
         stop: bool = False,
         input_digest: str | None = None,
+        remember: RuleScope | None = None,
+        permission_mode: PermissionMode | None = None,
     ) -> Interaction:
         """Answer it. Of several answers, exactly the first counts.
 
@@ -93,13 +130,17 @@ class Interactions:
             message: what the agent is told where the call may not happen.
             stop: with a denial: the turn is interrupted too.
             input_digest: of the call that the answer is meant for, as it was shown.
+            remember: what a rule is written for, so that such calls are decided the same way from here on.
+            permission_mode: of a plan: the session's mode from here on.
 
         Raises:
             InteractionNotFound: there is none for the caller.
             InteractionResolved: it is not pending any more.
             InteractionExpired: nobody has answered in time.
             InteractionChanged: the answer is meant for another call.
-            Forbidden: an agent would answer for itself.
+            Forbidden: an agent would answer for itself, or the mode is not allowed here.
+            MissingScope: only an admin may have that remembered.
+            EnvironmentForbids: the session's environment does not let it have this.
             ValidationFailed: the answer does not fit what was asked.
         """
         if principal.name.startswith("sandbox:"):
@@ -115,6 +156,13 @@ class Interactions:
             if input_digest is not None and input_digest != asked.input_digest:
                 raise InteractionChanged
             given.update(_changed_input(asked, allow=allow, updated_input=updated_input, answers=answers))
+            given.update(self._mode_after(tx, asked, allow=allow, mode=permission_mode))
+            if remember is not None:
+                rule = _rule_of(asked)
+                session = tx.sessions.get(asked.session_id)
+                assert session is not None  # it was just found
+                written = remembered(tx, principal, session, remember, given["decision"], rule)
+                given.update(remember=remember.value, rule_id=written.id)
             resolved = transitions.resolve(
                 tx, asked.id, InteractionStatus.ANSWERED, answer=given, answered_by=principal.name
             )
@@ -126,9 +174,32 @@ class Interactions:
 
         resolved = await self._store.write(work)
         reached("interaction.answered")
+        if "rule_id" in given:
+            await self._owner.apply_rules()
         await self._hub.tell_answer(resolved)
         self._hub.poke(resolved.session_id)
         return resolved
+
+    def _mode_after(
+        self, tx: abc.Transaction, asked: Interaction, *, allow: bool, mode: PermissionMode | None
+    ) -> dict[str, Any]:
+        """A plan that is approved ends the mode plan: in its row too, for agents to come."""
+        if mode is not None and (asked.kind is not InteractionKind.PLAN or not allow):
+            raise ValidationFailed("permission_mode: it belongs to a plan that is approved")
+        if asked.kind is not InteractionKind.PLAN or not allow:
+            return {}
+        session = tx.sessions.get(asked.session_id)
+        assert session is not None  # it was just found
+        environment = environment_of(tx, session)
+        planning = session.spec.get("permission_mode") or environment.spec.options.permission_mode
+        mode = mode or (PermissionMode.DEFAULT if planning == PermissionMode.PLAN else None)
+        if mode is None:
+            return {}  # the agent had begun to plan by itself, and goes back to what it may
+        self._check_mode(mode)
+        check_options(environment.name, environment.spec, SessionSpec(permission_mode=mode))
+        tx.sessions.update(session.id, spec=session.spec | {"permission_mode": mode.value})
+        transitions.emit(tx, session.id, SessionUpdated(changed=["permission_mode"], at_next_launch=[]))
+        return {"permission_mode": mode.value}
 
 
 def _interaction(tx: abc.Transaction, principal: Principal, interaction_id: str) -> Interaction:
@@ -137,6 +208,12 @@ def _interaction(tx: abc.Transaction, principal: Principal, interaction_id: str)
     if found is None or session is None or not principal.may_see(session):
         raise InteractionNotFound
     return found
+
+
+def _rule_of(asked: Interaction) -> str:
+    if not asked.suggestions:
+        raise ValidationFailed("remember: there is no rule that would speak of this call and of little else")
+    return asked.suggestions[0]
 
 
 def _changed_input(

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from carrel.errors import EnvironmentForbids
-from carrel.model import PermissionMode
+from carrel.model import PermissionMode, PermissionRule, RuleScope
 from carrel.protocol.environments import EnvironmentSpec
+from carrel.protocol.permissions import PermissionRules
 from carrel.protocol.spec import SessionSpec
 
-__all__ = ["MODES", "NARROWING", "agents_options", "check_options"]
+__all__ = ["MODES", "NARROWING", "agents_options", "check_options", "refuses_allowing", "with_rules"]
 
 MODES: Final = (
     PermissionMode.PLAN,
@@ -81,6 +82,26 @@ def _session_tools(environment: EnvironmentSpec, own: SessionSpec) -> str | None
     if given.session_tools is None and given.tools is None:
         return None
     return "it has none, or names the tools that there are"
+
+
+def refuses_allowing(environment: EnvironmentSpec, rule: str) -> bool:
+    """Whether it names the rules that allow calls, and this is none of them."""
+    allowed = environment.options.permission_rules().allow
+    return (environment.options.allowed_tools is not None or bool(allowed)) and rule not in allowed
+
+
+def with_rules(environment: EnvironmentSpec, own: SessionSpec, rules: Iterable[PermissionRule]) -> SessionSpec:
+    """The options with the rules that people have written; what the environment does not let them allow is left out."""
+    found: dict[str, list[str]] = {"allow": [], "ask": [], "deny": []}
+    for rule in rules:
+        wider = rule.effect == "allow" and rule.scope is not RuleScope.ENVIRONMENT
+        if not (wider and refuses_allowing(environment, rule.rule)):
+            found[rule.effect].append(rule.rule)
+    if not any(found.values()):
+        return own
+    given = own.permissions or PermissionRules()
+    allow, ask, deny = (tuple(dict.fromkeys((*getattr(given, effect), *more))) for effect, more in found.items())
+    return own.model_copy(update={"permissions": PermissionRules.model_construct(allow=allow, ask=ask, deny=deny)})
 
 
 def _max_turns(environment: EnvironmentSpec, own: SessionSpec) -> str | None:

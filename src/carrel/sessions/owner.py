@@ -40,6 +40,8 @@ from carrel.model import (
     Interaction,
     NetworkPolicy,
     PermissionMode,
+    PermissionRule,
+    RuleScope,
     Sandbox,
     SandboxStatus,
     SandboxTemplate,
@@ -53,7 +55,16 @@ from carrel.model import (
 )
 from carrel.protocol.bootstrap import GATEWAY_URL
 from carrel.protocol.environments import Environment, EnvironmentSpec
-from carrel.protocol.link import AgentFailed, Bind, Interrupt, SetModel, SetPermissionMode, Shutdown, StartTurn
+from carrel.protocol.link import (
+    AgentFailed,
+    Bind,
+    Interrupt,
+    SetModel,
+    SetPermissionMode,
+    SetPermissionRules,
+    Shutdown,
+    StartTurn,
+)
 from carrel.protocol.spec import SessionSpec
 from carrel.sessions import steps, transitions
 from carrel.sessions.admission import Admission
@@ -63,7 +74,7 @@ from carrel.sessions.inheritance import Rights
 from carrel.sessions.keeper import RELEASE, Keeper
 from carrel.sessions.kept import forget_files
 from carrel.sessions.memory import Memory
-from carrel.sessions.narrowing import agents_options
+from carrel.sessions.narrowing import agents_options, with_rules
 from carrel.sessions.runtimes import Runtimes
 
 log = structlog.get_logger(__name__)
@@ -430,9 +441,7 @@ class Owner:
         return "\n".join([line async for line in self._runtimes.named(sandbox.runtime).logs(sandbox.state)][-20:])
 
     async def _bind(self, session: Session, view: steps.View, sandbox: Sandbox, link: Link) -> None:
-        spec, mode = self._agent_options(
-            session, view.environment, isolated=self._runtimes.named(sandbox.runtime).isolated
-        )
+        spec, mode = await self.options_of(session, sandbox.runtime)
         try:
             exposed = await self._options.exposed(view.environment.spec) if view.environment is not None else {}
         except SandboxLaunchFailed as error:  # it was there when the sandbox was launched
@@ -444,7 +453,7 @@ class Owner:
             # They go to the runner by this frame alone, which nobody stores.
             spec = spec.model_copy(update={"env_vars": {**(spec.env_vars or {}), **exposed}})
         link.bound = True
-        link.live_options = (spec.model, mode)
+        link.live_options, link.rules = (spec.model, mode), spec.permission_rules()
         await link.tell(
             Bind(
                 id=new_id(),
@@ -499,15 +508,52 @@ class Owner:
         link = self._hub.bound_link(session.id)
         if link is None:
             return
-        environment = await self._store.read(lambda tx: kept_environment(tx, session))
-        isolated = self._runtimes.named(link.runtime).isolated
-        spec, mode = self._agent_options(session, environment, isolated=isolated)
+        spec, mode = await self.options_of(session, link.runtime)
         told, link.live_options = link.live_options, (spec.model, mode)
         link.up_to_date = True
         if told[0] != spec.model:
             await link.tell(SetModel(id=new_id(), model=spec.model))
         if told[1] != mode:
             await link.tell(SetPermissionMode(id=new_id(), mode=mode))
+        rules = spec.permission_rules()
+        if link.rules != rules:
+            link.rules = rules
+            await link.tell(SetPermissionRules(id=new_id(), rules=rules))
+
+    async def apply_rules(self) -> None:
+        """Have every connected agent know the rules that hold for it now."""
+        for session_id in self._hub.sessions():
+            session = await self._store.read(lambda tx, s=session_id: tx.sessions.get(s))  # type: ignore[misc]
+            if session is not None:
+                await self.apply_live_options(session)
+
+    async def options_of(self, session: Session, runtime: str | None = None) -> tuple[SessionSpec, PermissionMode]:
+        """What an agent of the session is set up with, rules that people have written included.
+
+        Args:
+            session: the session.
+            runtime: where the agent runs; None: where the next one would.
+        """
+
+        def work(tx: abc.Transaction) -> tuple[Environment | None, Sequence[PermissionRule]]:
+            return kept_environment(tx, session), self.rules_of(tx, session)
+
+        environment, written = await self._store.read(work)
+        named = runtime or (environment.spec.runtime if environment is not None else None)
+        isolated = self._runtimes.named(named).isolated
+        spec, mode = self._agent_options(session, environment, isolated=isolated)
+        return with_rules(environment.spec if environment is not None else EnvironmentSpec(), spec, written), mode
+
+    def rules_of(self, tx: abc.Transaction, session: Session) -> Sequence[PermissionRule]:
+        """The rules that people have written and that hold for the session."""
+        targets = [
+            (RuleScope.ENVIRONMENT, session.environment),
+            (RuleScope.USER, session.owner),
+            (RuleScope.SESSION, session.id),
+        ]
+        if session.workspace_id is not None:
+            targets.append((RuleScope.WORKSPACE, session.workspace_id))
+        return tx.rules.holding(targets)
 
     async def idle_agent(self, session_id: str) -> Link | None:
         """The session's agent, if a turn could go to it at once."""

@@ -10,7 +10,7 @@ import structlog
 
 from carrel import abc
 from carrel.errors import WorkspaceExists, WorkspaceInUse, WorkspaceNotFound, WorkspaceOverQuota
-from carrel.model import NamedWorkspace, Principal, Session, WorkspaceMode, new_id, utc_now
+from carrel.model import NamedWorkspace, Principal, RuleScope, Session, WorkspaceMode, new_id, utc_now
 from carrel.workspaces.folders import Folders
 
 __all__ = ["NamedWorkspaces", "check_quota", "objects_of_workspace", "open_workspace"]
@@ -92,6 +92,7 @@ class NamedWorkspaces:
         def work(tx: abc.Transaction) -> None:
             tx.snapshots.remove([each.id for each in tx.snapshots.of_files(workspace_id=workspace_id)])
             tx.doomed.add(objects_of_workspace(workspace_id))
+            tx.rules.forget(RuleScope.WORKSPACE, workspace_id)
             tx.workspaces.remove(workspace_id)
 
         await self._store.write(work)

@@ -431,6 +431,22 @@ interactions = sa.Table(
     sa.Index("ix_interactions_status_id", "status", "id"),
 )
 
+permission_rules = sa.Table(
+    "permission_rules",
+    metadata,
+    _id(primary_key=True),
+    sa.Column("owner", sa.String(128)),
+    sa.Column("scope", sa.String(16), nullable=False),
+    sa.Column("target", sa.String(128), nullable=False),
+    sa.Column("effect", sa.String(8), nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("interaction_id", sa.String(36)),
+    sa.Column("created_by", sa.String(255), nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index("ix_permission_rules_scope_target", "scope", "target"),
+    sa.Index("ix_permission_rules_owner_id", "owner", "id"),
+)
+
 doomed_objects = sa.Table("doomed_objects", metadata, sa.Column("prefix", sa.String(255), primary_key=True))
 
 # PostgreSQL: which of its transactions each connection has committed last, for when a commit's answer is lost.

@@ -25,6 +25,7 @@ class SqlTransaction(abc.Transaction):
         self.events = self.log
         self.transcripts = rows.SqlTranscripts(connection)
         self.interactions = rows.SqlInteractions(connection)
+        self.rules = rows.SqlRules(connection)
         self.sandboxes = rows.SqlSandboxes(connection)
         self.usage = rows.SqlUsage(connection)
         self.idempotency = rows.SqlIdempotency(connection)

@@ -36,6 +36,7 @@ from carrel.sessions.memory import Memory
 from carrel.sessions.owner import Owner, OwnerOptions
 from carrel.sessions.pool import Pool, Recipes
 from carrel.sessions.reconciler import Reconciler
+from carrel.sessions.rules import Rules
 from carrel.sessions.runtimes import Runtimes
 from carrel.sessions.scheduler import Scheduler
 from carrel.sessions.secrets import Keyring, Secrets
@@ -196,7 +197,8 @@ class FakeGateway:
             allowances=owner_options.allowances,
         )
         self.trees = TreeStreams(self.store, self.streams)
-        self.interactions = Interactions(self.store, self.hub)
+        self.interactions = Interactions(self.store, self.hub, self.owner, check_mode=self.service.check_mode)
+        self.rules = Rules(self.store, self.owner)
         self.secrets = secrets
         self.environments = Environments(
             self.store,

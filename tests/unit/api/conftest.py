@@ -69,6 +69,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
                 children=gateway.children,
                 trees=gateway.trees,
                 tools=None,
+                rules=gateway.rules,
                 environments=gateway.environments,
                 snapshots=gateway.snapshots,
                 artifacts=gateway.artifacts,

@@ -11,6 +11,7 @@ from pydantic_core import from_json, to_json
 from carrel.model import Failure, Frozen, InteractionKind, StopReason, TurnStatus
 from carrel.protocol import events, link
 from carrel.protocol.link import GATEWAY_FRAME, RUNNER_FRAME
+from carrel.protocol.permissions import PermissionRules
 from carrel.protocol.spec import SessionSpec
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -55,6 +56,7 @@ FROM_GATEWAY: list[Any] = [
     link.SetModel(id="4", model=None),
     link.Answer(id="7", interaction_id="i", allow=True, input={"command": "ls"}, message="m"),
     link.SetPermissionMode(id="5", mode="plan"),
+    link.SetPermissionRules(id="8", rules=PermissionRules(deny=("Bash",))),
     link.Transcript(subpath="x", lines=["{}"], last=True),
     link.Ack(n=9),
     link.Shutdown(id="6", reason="r"),

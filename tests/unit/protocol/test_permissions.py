@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from carrel.model import PermissionMode
-from carrel.protocol.permissions import Decision, PermissionRules, Verdict, decide
+from carrel.protocol.permissions import Decision, PermissionRules, Verdict, decide, rule_for
 
 ALLOW, ASK, DENY = Decision
 
@@ -229,3 +229,53 @@ def test_what_is_joined_to_an_allowed_command_is_not_allowed_with_it(tokens):
     assert not {">", "(", ")", "$(", "`"} & set(tokens)
     begun = [after for before, after in zip(["&&", *tokens], tokens, strict=False) if before in _SEPARATORS]
     assert set(begun) <= {"npm", *_SEPARATORS}
+
+
+@pytest.mark.parametrize(
+    ("path", "happens"),
+    [
+        ("/home/agent/.claude/plans/brave-fox.md", True),
+        ("/home/agent/.claude/plans/../settings.md", False),
+        ("/home/agent/.claude/settings.json", False),
+        ("/workspace/plan.md", False),
+    ],
+)
+def test_a_plan_may_be_written_down_while_planning(path, happens):
+    found = verdict("plan", "Write", {"file_path": path, "content": "x"})
+    assert (found.decision is ALLOW) == happens
+
+
+@pytest.mark.parametrize(
+    ("tool", "given", "rule"),
+    [
+        ("Bash", {"command": "git push origin main"}, "Bash(git push origin main)"),
+        ("Bash", {"command": "make && make install"}, None),
+        ("Bash", {"command": "rm *"}, None),
+        ("Bash", {"command": "echo $(id)"}, None),
+        ("Write", {"file_path": "/workspace/src/a.py"}, "Edit(/src/a.py)"),
+        ("Edit", {"file_path": "/etc/hosts"}, "Edit(//etc/hosts)"),
+        ("WebFetch", {"url": "https://example.com/x"}, "WebFetch(domain:example.com)"),
+        ("mcp__shop__buy", {"what": "tea"}, "mcp__shop__buy"),
+    ],
+)
+def test_the_rule_for_a_call_covers_it(tool, given, rule):
+    assert rule_for(tool, given) == rule
+    if rule is not None:
+        assert verdict("default", tool, given, allow=[rule]).decision is ALLOW
+
+
+@pytest.mark.parametrize(
+    ("tool", "given", "expected", "why"),
+    [
+        ("Bash", {"command": "npm run test -- --watch"}, ALLOW, "an allow rule"),
+        ("Bash", {"command": "npm run test && git push"}, ASK, "an ask rule"),
+        ("Bash", {"command": "npm run test > log"}, ASK, "no rule allows it"),
+        ("Bash", {"command": "git status | head"}, ALLOW, "it changes nothing"),
+        ("Read", {"file_path": "src/.env"}, DENY, "a deny rule"),
+        ("Write", {"file_path": "src/a.py"}, ASK, "no rule allows it"),
+    ],
+)
+def test_the_examples_of_the_page(tool, given, expected, why):
+    ruled = {"allow": ["Bash(npm run test *)"], "ask": ["Bash(git push *)"], "deny": ["Read(.env)"]}
+    found = verdict("default", tool, given, **ruled)
+    assert (found.decision, found.reason) == (expected, why)

@@ -122,3 +122,44 @@ def test_what_is_made_belongs_to_the_agent(home: Path) -> None:
     made = [home / ".claude", *(home / ".claude").rglob("*")]
     assert len(made) == 6
     assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(61_234, 61_235)}
+
+
+def _line(kind: str, uuid: str, content: object, message: str = "m1") -> str:
+    role = {"id": message, "role": kind, "content": content, "stop_reason": "tool_use"}
+    return json.dumps({"type": kind, "uuid": uuid, "sessionId": "s", "cwd": "/workspace", "message": role})
+
+
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {"command": "ls"}}
+ASKED_FOR = _line("user", "u1", [{"type": "text", "text": "do it"}], "m0")
+
+
+def test_a_call_that_was_held_is_put_off_once_and_taken_back(tmp_path: Path) -> None:
+    files = Transcripts(tmp_path, "/workspace", None)
+    assert files.held_call("s") is None
+    files.write("s", "", [ASKED_FOR, _line("assistant", "a1", [CALL])], first=True)
+    assert files.held_call("s") == ("toolu_1", "Bash")
+    line = files.put_off("s", "toolu_1")
+    assert line is not None
+    mark = json.loads(line)
+    assert (mark["parentUuid"], mark["sessionId"], mark["attachment"]["type"]) == ("a1", "s", "hook_deferred_tool")
+    assert mark["attachment"]["toolInput"] == {"command": "ls"}
+    assert files.put_off("s", "toolu_1") is None, "it is written once"
+    assert files.held_call("s") == ("toolu_1", "Bash")
+    files.take_back("s")
+    ((_, lines),) = files.found("s")
+    again = json.loads(lines[-1])
+    assert (again["uuid"], again["attachment"]["type"]) == (mark["uuid"], "hook_cancelled"), "the chain stays whole"
+
+
+def test_what_is_no_call_that_is_held(tmp_path: Path) -> None:
+    files = Transcripts(tmp_path, "/workspace", None)
+    call = _line("assistant", "a1", [CALL])
+    second = _line("assistant", "a2", [{**CALL, "id": "toolu_2"}])
+    result = _line("user", "u2", [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "x"}], "m2")
+    said = _line("assistant", "a3", [{"type": "text", "text": "done"}], "m3")
+    for lines in ([ASKED_FOR], [ASKED_FOR, call, second], [ASKED_FOR, call, result], [ASKED_FOR, call, result, said]):
+        files.write("s", "", lines, first=True)
+        assert files.held_call("s") is None
+    assert not files.over("s")
+    files.write("s", "", [said.replace('"tool_use"', '"end_turn"')], first=True)
+    assert files.over("s")

@@ -30,7 +30,7 @@ from carrel.errors import (
     ValidationFailed,
 )
 from carrel.model import Principal, Scope
-from carrel.protocol.events import StoredEvent
+from carrel.protocol.events import PendingInteraction, StoredEvent
 from carrel.protocol.spec import CreateTurn
 from carrel.sessions.tree_streams import places_of
 
@@ -111,7 +111,8 @@ async def list_events(
         batches = services.sessions.streams.follow(
             session.id, after=start or 0, deltas=deltas, heartbeat_seconds=services.heartbeat_seconds
         )
-        return sse.response(Standing(services, principal).guard(batches))
+        first = await services.interactions.first_told(principal, session.id)
+        return sse.response(Standing(services, principal).guard(batches), first=first)
     events = await services.sessions.events(principal, session_id, after=start or 0, limit=limit)
     return Response(_page(events, limit), media_type="application/json")
 
@@ -180,6 +181,7 @@ async def stream(
     try:
         who = await let_in(websocket)
         await own.sessions.get(who, session_id)
+        first = await own.interactions.first_told(who, session_id)
     except AuthenticationRequired as error:
         await websocket.close(_UNAUTHORISED, error.code)
         return
@@ -194,7 +196,7 @@ async def stream(
     standing = Standing(own, who)
     over = asyncio.create_task(standing.over(), name="ws-standing")
     all_ = {
-        asyncio.create_task(_tell(websocket, own, session_id, after, deltas), name="ws-out"),
+        asyncio.create_task(_tell(websocket, own, session_id, after, deltas, first), name="ws-out"),
         asyncio.create_task(_hear(websocket, own, who, session_id), name="ws-in"),
         over,
     }
@@ -211,7 +213,16 @@ async def stream(
         await asyncio.gather(*all_, return_exceptions=True)
 
 
-async def _tell(websocket: WebSocket, own: Services, session_id: str, after: int, deltas: bool) -> None:
+async def _tell(
+    websocket: WebSocket,
+    own: Services,
+    session_id: str,
+    after: int,
+    deltas: bool,
+    first: Sequence[PendingInteraction],
+) -> None:
+    for each in first:
+        await websocket.send_text(each.json().decode())
     batches = own.sessions.streams.follow(
         session_id, after=after, deltas=deltas, heartbeat_seconds=own.heartbeat_seconds
     )

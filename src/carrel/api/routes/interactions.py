@@ -13,6 +13,7 @@ from carrel.api.idempotency import once
 from carrel.api.problems import responses
 from carrel.api.routes.shapes import EXAMPLE_TURN, Cursor, Limit, Listing, SessionId, answer, example
 from carrel.errors import (
+    EnvironmentForbids,
     Forbidden,
     IdempotencyInFlight,
     IdempotencyMismatch,
@@ -21,10 +22,11 @@ from carrel.errors import (
     InteractionNotFound,
     InteractionResolved,
     InvalidCursor,
+    MissingScope,
     SessionNotFound,
     ValidationFailed,
 )
-from carrel.model import Interaction, InteractionStatus
+from carrel.model import Interaction, InteractionStatus, PermissionMode, RuleScope
 from carrel.sessions.service import Mark
 
 router = APIRouter(tags=["interactions"])
@@ -83,6 +85,14 @@ class AnswerInteraction(BaseModel):
         default=None,
         pattern=r"^[0-9a-f]{64}$",
         description="Of the call that the answer is meant for, as it was shown; for another it is refused.",
+    )
+    remember: Literal["session", "workspace", "environment"] | None = Field(
+        default=None,
+        description="Writes the first of `suggestions` as a rule for this, so that such calls are decided the same way; "
+        "of an environment, for admins alone.",
+    )
+    permission_mode: PermissionMode | None = Field(
+        default=None, description="Of a plan, with `allow`: the session's mode from here on; default: `default`."
     )
     stop: StrictBool = Field(default=False, description="With `deny`: the turn is interrupted too.")
 
@@ -143,6 +153,8 @@ async def get_interaction(interaction_id: InteractionId, services: ServicesDep, 
         InteractionChanged,
         InteractionExpired,
         Forbidden,
+        MissingScope,
+        EnvironmentForbids,
         ValidationFailed,
         IdempotencyInFlight,
         IdempotencyMismatch,
@@ -174,6 +186,8 @@ async def answer_interaction(
             message=body.message,
             stop=body.stop,
             input_digest=body.input_digest,
+            remember=None if body.remember is None else RuleScope(body.remember),
+            permission_mode=body.permission_mode,
         )
         return answer(resolved)
 

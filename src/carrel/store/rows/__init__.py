@@ -9,6 +9,7 @@ from carrel.store.rows.interactions import SqlInteractions
 from carrel.store.rows.network import SqlNetwork
 from carrel.store.rows.people import SqlKeys, SqlTickets, SqlUsers
 from carrel.store.rows.pools import SqlPools
+from carrel.store.rows.rules import SqlRules
 from carrel.store.rows.sandboxes import SqlSandboxes
 from carrel.store.rows.sessions import SqlSessions
 from carrel.store.rows.transcripts import SqlTranscripts
@@ -29,6 +30,7 @@ __all__ = [
     "SqlKeys",
     "SqlNetwork",
     "SqlPools",
+    "SqlRules",
     "SqlSandboxes",
     "SqlSecrets",
     "SqlSessions",

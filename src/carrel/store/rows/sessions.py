@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from carrel import abc
 from carrel.errors import SessionNotFound
-from carrel.model import InteractionStatus, SandboxStatus, Session, SessionStatus, TurnStatus
+from carrel.model import InteractionStatus, RuleScope, SandboxStatus, Session, SessionStatus, TurnStatus
 from carrel.store import tables
 from carrel.store.rows.base import Rows, columns, cursor_of, number_of, plain, update_of
 
@@ -72,6 +72,9 @@ class SqlSessions(Rows, abc.SessionRows):
             self._connection.execute(table.delete().where(table.c.session_id == session_id))
         # What is below a session goes before it; what it has spent itself goes on counting for those above it.
         self._connection.execute(tables.ancestry.delete().where(tables.ancestry.c.ancestor_id == session_id))
+        rules = tables.permission_rules
+        mine = (rules.c.scope == RuleScope.SESSION) & (rules.c.target == session_id)
+        self._connection.execute(rules.delete().where(mine))
         self._connection.execute(tables.sessions.delete().where(tables.sessions.c.id == session_id))
 
     def page(self, which: abc.SessionFilter, *, cursor: str | None, limit: int) -> abc.Page[Session]:

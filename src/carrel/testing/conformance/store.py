@@ -31,9 +31,11 @@ from carrel.model import (
     InteractionStatus,
     NamedWorkspace,
     OnParentEnd,
+    PermissionRule,
     Principal,
     Restoring,
     RewoundPart,
+    RuleScope,
     Sandbox,
     SandboxStatus,
     Scope,
@@ -1209,6 +1211,50 @@ async def what_waits_for_a_person_is_resolved_once(open_store: OpenStore) -> Non
         must(rest.next_cursor is None, "the last page says so")
         await store.write(lambda tx: tx.sessions.remove(session.id))
         must_equal(await store.read(listed()), made[2:], "it goes with its session")
+
+
+@_check
+async def rules_are_found_by_what_they_hold_for(open_store: OpenStore) -> None:
+    """A rule that somebody has written holds for one thing, belongs to one user, and goes with that thing."""
+    async with open_store(ignore) as store:
+        session = await add_session(store)
+        targets = [(RuleScope.SESSION, session.id), (RuleScope.WORKSPACE, "w"), (RuleScope.USER, "bob")]
+        made = [
+            PermissionRule(
+                id=new_id(),
+                owner="bob" if scope is RuleScope.USER else "alice",
+                scope=scope,
+                target=target,
+                effect="allow",
+                rule="Bash(ls *)",
+                created_by="key:1",
+                created_at=NOW,
+            )
+            for scope, target in targets
+        ]
+
+        def add(tx: abc.Transaction) -> None:
+            for rule in made:
+                tx.rules.add(rule)
+
+        def listed(**which: Any) -> Callable[[abc.Transaction], list[PermissionRule]]:
+            return lambda tx: list(tx.rules.page(abc.RuleFilter(**which), cursor=None, limit=9).items)
+
+        await store.write(add)
+        must_equal(await store.read(lambda tx: tx.rules.get(made[0].id)), made[0], "it is found")
+        must(await store.read(lambda tx: tx.rules.get("nobody's")) is None, "another is not")
+        must_equal(await store.read(lambda tx: list(tx.rules.holding(targets[:2]))), made[:2], "what holds for two")
+        must_equal(await store.read(lambda tx: list(tx.rules.holding([]))), [], "for nothing, nothing")
+        must_equal(await store.read(listed(owner="alice")), made[:2], "of an owner")
+        must_equal(await store.read(listed(scope=RuleScope.USER, target="bob")), made[2:], "for a user")
+        first = await store.read(lambda tx: tx.rules.page(abc.RuleFilter(), cursor=None, limit=2))
+        rest = await store.read(lambda tx: tx.rules.page(abc.RuleFilter(), cursor=first.next_cursor, limit=2))
+        must_equal([*first.items, *rest.items], made, "page by page")
+        await store.write(lambda tx: tx.rules.forget(RuleScope.WORKSPACE, "w"))
+        await store.write(lambda tx: tx.sessions.remove(session.id))
+        must_equal(await store.read(listed()), made[2:], "they go with what they hold for")
+        await store.write(lambda tx: tx.rules.remove(made[2].id))
+        must_equal(await store.read(listed()), [], "and when they are revoked")
 
 
 @_check
