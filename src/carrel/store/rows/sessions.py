@@ -113,8 +113,10 @@ class SqlSessions(Rows, abc.SessionRows):
             i.c.status == InteractionStatus.PENDING, (i.c.expires_at <= now) | (i.c.remind_at <= now)
         )
         housed = sa.select(tables.sandboxes.c.session_id).where(tables.sandboxes.c.status != SandboxStatus.GONE)
+        held = sa.select(t.c.session_id).where(t.c.status == TurnStatus.WAITING)
+        rests = (s.c.status == SessionStatus.WAITING) & s.c.id.in_(held) & ~s.c.id.in_(housed)
         query = sa.select(s.c.id).where(
-            (s.c.status.in_(LIVE_SESSION) & ((s.c.status != SessionStatus.WAITING) | s.c.id.in_(housed)))
+            (s.c.status.in_(LIVE_SESSION) & ~rests)
             | s.c.id.in_(asked)
             | s.c.deleting
             | (s.c.expires_at <= now)
