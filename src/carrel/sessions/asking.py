@@ -35,7 +35,7 @@ def interaction_of(session: Session, frame: Ask) -> Interaction:
         input_digest=digest_of(frame.tool, frame.input),
         reason=frame.reason,
         suggestions=() if rule is None else (rule,),
-        options=tuple(_options(frame.about, frame.input)),
+        options=tuple(_options(frame.about, frame.input, can_be_remembered=rule is not None)),
         created_at=frame.at,
         expires_at=None if expires is None else frame.at + timedelta(seconds=expires),
         remind_at=None if again is None else frame.at + timedelta(seconds=again),
@@ -65,7 +65,7 @@ def _questions(given: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in asked if isinstance(each, dict)] if isinstance(asked, list) else []
 
 
-def _options(kind: InteractionKind, given: dict[str, Any]) -> list[dict[str, Any]]:
+def _options(kind: InteractionKind, given: dict[str, Any], *, can_be_remembered: bool) -> list[dict[str, Any]]:
     deny = {"label": "No", "answer": {"decision": "deny"}}
     if kind is InteractionKind.PLAN:
         modes = {
@@ -82,7 +82,7 @@ def _options(kind: InteractionKind, given: dict[str, Any]) -> list[dict[str, Any
         "label": "Yes, and the same again in this session",
         "answer": {"decision": "allow", "remember": "session"},
     }
-    return [{"label": "Yes", "answer": {"decision": "allow"}}, always, deny]
+    return [{"label": "Yes", "answer": {"decision": "allow"}}, *([always] if can_be_remembered else []), deny]
 
 
 def _choices(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
