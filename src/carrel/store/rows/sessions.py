@@ -102,7 +102,7 @@ class SqlSessions(Rows, abc.SessionRows):
     def unsettled(self, now: datetime) -> Sequence[str]:
         """The ids of sessions that look alive, have turns queued, are being deleted, or whose time to live is over.
 
-        One that waits for a person without a sandbox is among them only when something of it is due.
+        One whose turn waits for a person without a sandbox is among them only when something of it is due.
         """
         s, t, i = tables.sessions, tables.turns, tables.interactions
         waiting = sa.select(t.c.session_id).where(

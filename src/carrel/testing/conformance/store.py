@@ -735,15 +735,17 @@ async def unsettled_sessions_are_found(open_store: OpenStore) -> None:
             await add_session(store, status=status, expires_at=None)
             for status in (SessionStatus.STARTING, SessionStatus.READY, SessionStatus.RUNNING)
         ]
-        waiting = [await add_session(store, status=SessionStatus.WAITING, expires_at=None) for _ in range(5)]
-        housed, late, reminded, interrupted, _without_a_process = waiting
+        waiting = [await add_session(store, status=SessionStatus.WAITING, expires_at=None) for _ in range(6)]
+        housed, late, reminded, interrupted, for_nobody, without_a_process = waiting
+        for session in (housed, late, reminded, without_a_process):
+            await store.write(lambda tx, s=session: tx.turns.add(new_turn(s, 1, TurnStatus.WAITING)))  # type: ignore[misc]
         await store.write(lambda tx: tx.sandboxes.add(new_sandbox(housed, 1, SandboxStatus.LIVE)))
         await store.write(lambda tx: tx.interactions.add(new_interaction(late, expires_at=NOW)))
         again = {"expires_at": None, "remind_at": NOW}
         await store.write(lambda tx: tx.interactions.add(new_interaction(reminded, **again)))
         asked = {"interrupt_reason": StopReason.INTERRUPTED}
         await store.write(lambda tx: tx.turns.add(new_turn(interrupted, 1, TurnStatus.WAITING, **asked)))
-        live += [housed, late, reminded, interrupted]
+        live += [housed, late, reminded, interrupted, for_nobody]
         queued, running = [await add_session(store, expires_at=None) for _ in range(2)]
         over = await add_session(store, expires_at=NOW)
         await add_session(store, expires_at=NOW + timedelta(seconds=1))
