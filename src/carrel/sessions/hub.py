@@ -115,6 +115,8 @@ class Link:
         """The model and the permission mode that the agent was last told to use."""
         self.rules: PermissionRules | None = None
         """The rules that it was last told; None: nobody knows."""
+        self.telling = asyncio.Lock()
+        """Held by whoever tells it what has changed."""
         self.up_to_date = not hello.bound
         """Whether these are known to be what the session asks for: of one that is back, nobody knows at first."""
         self.asks = hello.pending_asks

@@ -397,7 +397,7 @@ class Owner:
         if not link.ready:
             return await self._late(session, sandbox) or _LOOK_AGAIN_SECONDS
         if not link.up_to_date:
-            await self.apply_live_options(session)
+            await self.apply_live_options(session.id)
         self._launches.pop(session.id, None)
         if view.live is not None:
             return await self._tend(session, view.live, sandbox, link)
@@ -500,32 +500,35 @@ class Owner:
         network = self.network(session, environment.spec.sandbox)
         return Rights(environment=environment, spec=spec, permission_mode=mode, network=network)
 
-    async def apply_live_options(self, session: Session) -> None:
+    async def apply_live_options(self, session_id: str) -> None:
         """Have the session's agent, if it is connected, use the model and the permission mode that the session asks for.
 
         What does not arrive is told again when its runner is back, which says what it was told last.
         """
-        link = self._hub.bound_link(session.id)
+        link = self._hub.bound_link(session_id)
         if link is None:
             return
-        spec, mode = await self.options_of(session, link.runtime)
-        told, link.live_options = link.live_options, (spec.model, mode)
-        link.up_to_date = True
-        if told[0] != spec.model:
-            await link.tell(SetModel(id=new_id(), model=spec.model))
-        if told[1] != mode:
-            await link.tell(SetPermissionMode(id=new_id(), mode=mode))
-        rules = spec.permission_rules()
-        if link.rules != rules:
-            link.rules = rules
-            await link.tell(SetPermissionRules(id=new_id(), rules=rules))
+        # Read when it is one's turn to tell: whoever had read before a change would take it back.
+        async with link.telling:
+            session = await self._store.read(lambda tx: tx.sessions.get(session_id))
+            if session is None:
+                return
+            spec, mode = await self.options_of(session, link.runtime)
+            told, link.live_options = link.live_options, (spec.model, mode)
+            link.up_to_date = True
+            if told[0] != spec.model:
+                await link.tell(SetModel(id=new_id(), model=spec.model))
+            if told[1] != mode:
+                await link.tell(SetPermissionMode(id=new_id(), mode=mode))
+            rules = spec.permission_rules()
+            if link.rules != rules:
+                link.rules = rules
+                await link.tell(SetPermissionRules(id=new_id(), rules=rules))
 
     async def apply_rules(self) -> None:
         """Have every connected agent know the rules that hold for it now."""
         for session_id in self._hub.sessions():
-            session = await self._store.read(lambda tx, s=session_id: tx.sessions.get(s))  # type: ignore[misc]
-            if session is not None:
-                await self.apply_live_options(session)
+            await self.apply_live_options(session_id)
 
     async def options_of(self, session: Session, runtime: str | None = None) -> tuple[SessionSpec, PermissionMode]:
         """What an agent of the session is set up with, rules that people have written included.

@@ -249,7 +249,7 @@ class Pool:
         reached("pool.taken")
         self._taken_at = time.monotonic()
         self._poked.set()
-        await self._owner.apply_live_options(session)
+        await self._owner.apply_live_options(session.id)
         self._scheduler.poke(session.id)
 
     # ------------------------------------------------------------------------------------------------------- filling

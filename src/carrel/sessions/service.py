@@ -288,7 +288,7 @@ class SessionService:
         if given & _OF_ENVIRONMENT:
             self._scheduler.poke(session_id)  # a sandbox of another version takes no more turns
         if options & LIVE_FIELDS:
-            await self._owner.apply_live_options(session)
+            await self._owner.apply_live_options(session.id)
         return session
 
     def _check_within_parent(
