@@ -135,7 +135,8 @@ async def _tree(
 
 def _seq(name: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 19 or int(text) > _HIGHEST:
-        raise ValidationFailed(f"{name}: must be the number of an event")
+        wrong = {"field": name, "message": "must be the number of an event"}
+        raise ValidationFailed(f"{name}: {wrong['message']}", errors=[wrong])
     return int(text)
 
 
