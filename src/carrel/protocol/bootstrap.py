@@ -75,6 +75,7 @@ class Bootstrap(Frozen):
         "agent may have changed.",
     )
     subreaper: bool = Field(default=False, description="Adopt and end whatever the agent leaves behind.")
+    own_caps: bool = Field(default=False, description="The runner is under the agent's caps itself, and tells of them.")
     egress: Road | None = Field(default=None, description="None: nothing but the gateway is reached, or all is.")
     mcp: Road | None = Field(default=None, description="To the MCP servers that the gateway answers for, if there are.")
     gateway_socket: str | None = Field(

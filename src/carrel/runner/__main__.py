@@ -40,7 +40,7 @@ def main() -> None:
     os.chdir(bootstrap.workspace)
     from carrel.runner.main import run
 
-    own = {"cli_path": bootstrap.cli_path or _claude(), "skills": bootstrap.skills or str(_SKILLS)}
+    own = {"cli_path": bootstrap.cli_path or _claude(), "skills": bootstrap.skills or str(_SKILLS), "own_caps": True}
     run(bootstrap.model_copy(update=own))
 
 

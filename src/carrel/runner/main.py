@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from carrel.errors import AgentStartFailed, CarrelError, DiskFull, SandboxLost, SpoolFull
+from carrel.errors import AgentStartFailed, CarrelError, DiskFull, SandboxLost, SandboxOutOfProcesses, SpoolFull
 from carrel.model import Failure
 from carrel.protocol.bootstrap import Bootstrap
 from carrel.protocol.link import (
@@ -35,6 +35,7 @@ from carrel.protocol.link import (
 )
 from carrel.runner.agent import Agent
 from carrel.runner.link import Link, LinkLost
+from carrel.runner.own_caps import processes_met
 
 log = structlog.get_logger(__name__)
 
@@ -206,6 +207,8 @@ class Runner:
         """Say, once, why it cannot go on, and end."""
         if self._over.is_set():
             return
+        if isinstance(error, SandboxLost) and self._bootstrap.own_caps and processes_met():
+            error = SandboxOutOfProcesses(operator_detail=error.operator_detail)
         log.warning("agent.failed", code=error.code, detail=error.operator_detail)
         failure = Failure(code=error.code, message=error.message)
         detail = (error.operator_detail or "")[:20_000]

@@ -117,6 +117,7 @@ class LocalRuntime(abc.Runtime):
 
     def _bootstrap(self, spec: abc.LaunchSpec, folder: Path) -> Bootstrap:
         options = self._options
+        plugins = (*options.plugins, *(Path(path) for path in spec.template.plugins or ()))
         place = walls.Place(
             folder=folder,
             workspace=Path(spec.workspace),
@@ -125,11 +126,7 @@ class LocalRuntime(abc.Runtime):
             gateway_folder=options.gateway_folder,
             cli=options.cli_path,
             owner=spec.owner,
-            plugins=(
-                *options.plugins,
-                *([options.skills] if options.skills is not None else []),
-                *(Path(path) for path in spec.template.plugins or ()),
-            ),
+            plugins=(*plugins, *([options.skills] if options.skills is not None else [])),
             memory_bytes=options.caps.memory_bytes,
         )
         network = spec.template.network or options.network
@@ -158,8 +155,8 @@ class LocalRuntime(abc.Runtime):
             workspace=spec.workspace,
             home=spec.home,
             config_dir=wrapped.config_dir,
-            plugins=wrapped.plugins[: len(options.plugins)],
-            skills=next(iter(wrapped.plugins[len(options.plugins) :]), None),
+            plugins=wrapped.plugins[: len(plugins)],
+            skills=next(iter(wrapped.plugins[len(plugins) :]), None),
             gateway_socket=str(options.gateway_folder / "gateway.sock"),
             agent_env=with_model(wrapped.env, options.model_env),
             direct=options.model_env is not None,
