@@ -49,7 +49,7 @@ from carrel.runner.disk import Disk
 from carrel.runner.relay import Relay
 from carrel.runner.tools import NAME as TOOLS
 from carrel.runner.tools import SessionTools
-from carrel.runner.transcripts import Transcripts
+from carrel.runner.transcripts import Transcripts, calls_in
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +64,7 @@ _NOBODY_TO_ASK = (
 
 _ASKED_ABOUT = {"AskUserQuestion": InteractionKind.QUESTION, "ExitPlanMode": InteractionKind.PLAN}
 _HOOK_SECONDS = 10 * 365 * 86_400.0
+_WRITTEN_SECONDS = 2.0
 """How long Claude Code waits for our hook: for longer than we hold a call."""
 _WHOLE_MESSAGE_SECONDS = 2.0
 _PUT_OFF_SECONDS = 5.0
@@ -156,6 +157,8 @@ class Agent:
         self._closing = False
         self._interrupting: asyncio.Task[None] | None = None
         self._asking = Asking(send=send, stored=stored, at_work=lambda: bool(self._tasks))
+        self._written_calls: deque[str] = deque(maxlen=100)
+        self._lines_came = asyncio.Event()
         self._connected = asyncio.Event()
         self._gave_way = asyncio.Event()
         self._approves_plan = False
@@ -435,6 +438,8 @@ class Agent:
         if self._asking.nobody:
             return _decided("deny", f"{_NOBODY_TO_ASK} ({why})")
         lone = given.get("agent_id") is None and await self._said.alone(call.tool_use_id)
+        if lone:
+            await self._written(call.tool_use_id)
         ruling = await self._asking.ask(call, why, lone=lone)
         if ruling.way is not Way.ALLOW:
             return _decided(ruling.way.value, ruling.message)
@@ -450,6 +455,14 @@ class Agent:
         if shown is None and call.about is InteractionKind.PLAN:
             shown = call.input  # without one Claude Code would ask for this tool once more, where nobody is
         return _decided("allow", "A person has allowed this call.", updated_input=shown)
+
+    async def _written(self, tool_use_id: str | None) -> None:
+        """Wait until the call is in the conversation as it is kept: what was asked can then be taken up, whatever dies."""
+        with contextlib.suppress(TimeoutError):  # if all dies just then, the agent makes the call anew
+            async with asyncio.timeout(_WRITTEN_SECONDS):
+                while tool_use_id not in self._written_calls:
+                    self._lines_came.clear()
+                    await self._lines_came.wait()
 
     @property
     def asked(self) -> list[str]:
@@ -704,6 +717,8 @@ class Agent:
 
     def _mirror(self, key: dict[str, Any], entries: list[Any]) -> None:
         lines = [json.dumps(entry, separators=(",", ":")) for entry in entries]
+        self._written_calls.extend(call for entry in entries for call in calls_in(entry))
+        self._lines_came.set()
         turn_id = self.running_turn or self._last_turn
         self._send(
             lambda n: TranscriptFrame(

@@ -219,6 +219,13 @@ def _whole_lines(data: bytes) -> list[str]:
     return [line.decode("utf-8", "replace") for line in data.split(b"\n") if _entry(line)]
 
 
+def calls_in(entry: Any) -> list[str]:
+    """The ids of the calls of tools that a line of a conversation makes."""
+    if not isinstance(entry, dict) or entry.get("type") != "assistant":
+        return []
+    return [str(block.get("id")) for block in _blocks(entry) if block.get("type") == "tool_use"]
+
+
 def _message(entry: dict[str, Any]) -> dict[str, Any]:
     value = entry.get("message")
     return value if isinstance(value, dict) else {}
