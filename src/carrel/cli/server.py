@@ -19,6 +19,7 @@ import structlog
 from carrel import killpoints
 from carrel.api import Services, create_app
 from carrel.api.dialects import create_dialect, mount
+from carrel.api.operations import Operations
 from carrel.auth import AdminKey, Authenticator
 from carrel.budgets import Allowances
 from carrel.buses import MemoryBus
@@ -128,6 +129,8 @@ async def running(settings: Settings, *, span_exporter: Any = None) -> AsyncIter
                 settings, name, parts.authenticator, parts.source, isolated=parts.runtimes.isolated
             )
             mount(app, name, create_dialect(name, parts.services, options))
+        # The framework prepares its routes when they are first looked through: not while somebody waits.
+        await asyncio.to_thread(list, Operations(app))
         listeners = await listen(settings, app, stack)
         url = listeners["api"]
         folder.announce(listeners, stack)
