@@ -471,7 +471,7 @@ async def answers(url: str) -> bool:
     try:
         async with httpx.AsyncClient(timeout=_ANSWER_SECONDS) as client, client.stream("GET", url):
             return True
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 

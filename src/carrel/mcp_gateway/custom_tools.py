@@ -104,6 +104,8 @@ class CustomTools:
             private = "private_address" in str(error)
             said = "stands at an address that is not public" if private else "cannot be reached"
             return self._problem(tool, session_id, f"The tool {said}.")
+        except httpx.InvalidURL:
+            return self._problem(tool, session_id, "The tool cannot be reached.")
         except httpx.HTTPError:
             return self._problem(tool, session_id, "The tool broke its answer off.")
         except (SecretMissing, StoreUnavailable) as error:

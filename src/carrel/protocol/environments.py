@@ -6,6 +6,7 @@ import re
 from datetime import datetime
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import to_json
@@ -99,6 +100,17 @@ class CustomTool(Options):
     signed_with: str | None = Field(
         default=None, pattern=SECRET_NAME, description="The secret that requests are signed with (Standard Webhooks)."
     )
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            if not parts.hostname or parts.port == 0:
+                raise ValueError("no host, or port 0")
+        except ValueError:
+            raise ValueError("it is no address such as https://shop.example.com/price") from None
+        return value
 
     @field_validator("input_schema")
     @classmethod

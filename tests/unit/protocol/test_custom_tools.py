@@ -39,6 +39,8 @@ def test_who_is_no_admin_is_not_shown_where_they_are() -> None:
         ([TOOL | {"url": "http://shop.example/price"}], {}, "url"),
         ([TOOL | {"url": "http://localhost.example/price"}], {}, "url"),
         ([TOOL | {"url": "file:///etc/passwd"}], {}, "url"),
+        ([TOOL | {"url": "https://shop.example:port/price"}], {}, "it is no address such as"),
+        ([TOOL | {"url": "https://"}], {}, "it is no address such as"),
         ([TOOL | {"input_schema": {"type": "array"}}], {}, "its type must be object"),
         ([TOOL | {"timeout_seconds": 601}], {}, "timeout_seconds"),
         ([TOOL | {"name": "a b"}], {}, "name"),
