@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from carrel.api.dependencies import PrincipalDep, ServicesDep
 from carrel.api.problems import responses
-from carrel.api.routes.shapes import SessionId, answer, example
+from carrel.api.routes.shapes import SessionId, answer
 from carrel.errors import (
     FileTooLarge,
     NotARepository,
@@ -44,7 +44,15 @@ _EXAMPLE: dict[str, Any] = {
         ValidationFailed,
         Unavailable,
     )
-    | {200: example(_EXAMPLE, "Changes by path; with `kind=git` a patch as text/x-diff.")},
+    | {
+        200: {
+            "description": "Changes by path; with `kind=git` a patch.",
+            "content": {
+                "application/json": {"example": _EXAMPLE},
+                "text/x-diff": {"example": "diff --git a/x.py b/x.py\n…"},
+            },
+        }
+    },
 )
 async def get_diff(
     session_id: SessionId,
