@@ -329,9 +329,12 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None
 def _digest(content: IO[bytes]) -> dict[str, Any]:
     digest = hashlib.sha256()
     size = 0
-    while piece := content.read(_PIECE_BYTES):
-        digest.update(piece)
-        size += len(piece)
+    try:
+        while piece := content.read(_PIECE_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise BackupInvalid(operator_detail=repr(error)) from error
     return {"sha256": digest.hexdigest(), "size": size}
 
 
