@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap"), pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cli, pytest.mark.requires("bubblewrap"), pytest.mark.slow, pytest.mark.timeout(1200)]
 HERE = Path(__file__).parent
 EXAMPLES = 8
 OF_SESSIONS = "/(sessions|query)"
@@ -39,7 +39,7 @@ async def test_requests_of_every_kind_are_answered_as_the_document_says(start, t
         "60",
     ]
     done = await asyncio.to_thread(
-        subprocess.run, command, cwd=tmp_path, capture_output=True, text=True, timeout=580, check=False
+        subprocess.run, command, cwd=tmp_path, capture_output=True, text=True, timeout=1150, check=False
     )
     report = re.sub(r"(.)\1{100,}", r"\1…\1", done.stdout)  # bodies of a megabyte of zeros
     assert done.returncode == 0, report[-20_000:] + done.stderr[-2000:]
